@@ -654,8 +654,7 @@ class SyntheticMusic:
         raised = sharps[0] & (degree == 4) & per_chord(0.95)
         scale[..., 6] += raised  # harmonic minor: V with a leading tone
         scale[..., 5] += raised & per_chord(0.4)  # melodic minor
-        scale[..., 6] += sharps[0] & ((degree == 0) | (degree == 3)) & per_chord(0.4)  # a leading tone above i and iv
-        secondary = sharps[1] & ((degree == 1) | (degree == 2) | (degree == 5)) & per_chord(0.15)
+        secondary = sharps[1] & ((degree == 1) | (degree == 2) | (degree == 5)) & per_chord(0.06)
         scale.scatter_add_(2, ((degree + 2) % 7)[..., None], secondary[..., None].long())  # a dominant's major third
         triad = scale.gather(2, (degree[..., None] + torch.tensor([0, 2, 4], device=dev)) % 7)
         triad = (t["tonic"][..., None] + triad) % 12  # [S, T, 3] pitch classes
