@@ -92,20 +92,21 @@ class Config:
         for name, value in SIZES[self.size].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        choices = dict(tasks=("eq", "con"), inputs=("mel", "vqt"))
         if self.encoder == "tune":
-            self.tasks, self.inputs = ("con",), ("wave",)
-        for name, known in dict(tasks=("eq", "con"), inputs=("mel", "vqt")).items():
+            self.tasks, self.inputs, choices = ("con",), ("wave",), {}
+        for name, known in choices.items():
             given = getattr(self, name)
             given = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
-            if given != ("wave",) and (not given or given != tuple(k for k in known if k in given)):
+            if not given or given != tuple(k for k in known if k in given):
                 raise ValueError(f"--{name} {','.join(given)}: choose {','.join(known)} or one of them")
             setattr(self, name, given)
         if "eq" in self.tasks and "vqt" not in self.inputs:
             raise ValueError(f"--tasks {','.join(self.tasks)}: eq needs vqt among --inputs; only it can be transposed")
         limits = dict(batch=(2, 1e9), steps=(1, 1e9), dim=(1, 1e5), depth=(1, 1e3), heads=(1, 1e3), proj_dim=(1, 1e5),
-                      frames=(1, FRAMES), fresh=(1, self.pool), pool=(self.batch, 1e9), warmup=(1, 1e9), lr=(0, 1e3),
+                      frames=(1, FRAMES), pool=(self.batch, 1e9), fresh=(1, self.pool), warmup=(1, 1e9), lr=(0, 1e3),
                       temperature=(0.01, 1e3), eq_weight=(0, 1e6), eq_db=(0, 40), easy=(0, 0.5), gap=(0, 1e9),
-                      expansion=(0, 4), seed=(0, 2 ** 20), workers=(-1, 1e3), save_every=(1, 1e9), hide_mel=(0, 1))
+                      expansion=(0, 4), seed=(0, 2 ** 17), workers=(-1, 1e3), save_every=(1, 1e9), hide_mel=(0, 1))
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 flag = "--" + name.replace("_", "-")
@@ -121,7 +122,7 @@ class Config:
 def unit_range(db, floor=80.0):
     """dB [B, F, bins] -> [0, 1]: dB below the clip's own loudest bin, 80 dB floor, then dB/80 + 1.
 
-    A clip never depends on the others of its batch; one that stays below -80 dBFS throughout becomes 0."""
+    A clip never depends on the others of its batch; silence becomes 0."""
     loudest = db.amax((1, 2), keepdim=True).clamp_min(-floor)
     return ((db - loudest) / floor + 1).clamp(0, 1)
 
@@ -165,8 +166,8 @@ class VQT(nn.Module):
         return torch.cat(bins, dim=-1)
 
     def decibels(self, wave):
-        """Wave [B, T] -> dB re a full-scale sine [B, F, n_bins], at least -120."""
-        return 20 * self.magnitude(wave).clamp_min(1e-6).log10()
+        """Wave [B, T] -> dB re a full-scale sine [B, F, n_bins], at least -160."""
+        return 20 * self.magnitude(wave).clamp_min(1e-8).log10()
 
     def forward(self, wave):
         """Wave [B, T] -> log-magnitude [B, F, n_bins] in [0, 1]."""
@@ -188,7 +189,7 @@ class FrontEnd(nn.Module):
         """Wave [B, T] -> mel dB [B, F, 128] and VQT dB [B, F, 99]; 0 dB is about a full-scale sine."""
         with torch.autocast(wave.device.type, enabled=False):
             power = self.mel(wave).transpose(1, 2) / 256 ** 2  # 256: half of the Hann window's sum
-            return 10 * power.clamp_min(1e-12).log10(), self.vqt.decibels(wave)
+            return 10 * power.clamp_min(1e-16).log10(), self.vqt.decibels(wave)
 
 
 def random_eq(n, std_db, generator, knots=9):
@@ -584,7 +585,7 @@ class SyntheticMusic:
         self.rooms = torch.fft.rfft(F.normalize(noise * fall, dim=1)).to(self.device)  # 16 rooms, 0.2 to 1.6 s
 
     @torch.no_grad()
-    def batch(self, n, step, rich=1.0):
+    def batch(self, n, step, rich=0.5):
         """-> waves [n, 2, 64000] in [-1, 1] and a dict of labels, each starting with n:
 
         key 0..23 (tonic, + 12 if minor), key_signature 0..11 (tonic of the relative major), instrument 0..9 (lead),
@@ -788,8 +789,14 @@ class AudioFolder(Dataset):
         self.root, self.seconds, self.gap, self.skipped = Path(root), seconds, gap, {}
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give a folder of wav, flac, ogg or mp3 files")
-        found = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-        self.files = sorted(f for f in found if f.lower().endswith(self.SUFFIXES))
+        self.files, seen = [], set()
+        for folder, below, names in os.walk(root, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:  # links in a circle
+                below.clear()
+                continue
+            seen.add(real)
+            self.files += [os.path.join(folder, name) for name in names if name.lower().endswith(self.SUFFIXES)]
+        self.files.sort()
         if not self.files:
             raise FileNotFoundError(f"{root}: no file here ends in {', '.join(self.SUFFIXES)}")
 
@@ -807,7 +814,8 @@ class AudioFolder(Dataset):
             try:
                 return self.read(self.files[index], a, b)
             except Exception as error:  # a broken file may raise anything; it is named and counted
-                self.skipped[self.files[index]] = " ".join(str(error).split())[:100] or type(error).__name__
+                name = self.files[index].encode(errors="backslashreplace").decode()  # may not be valid text
+                self.skipped[name] = " ".join(str(error).split())[:100] or type(error).__name__
             index = int(torch.randint(len(self.files), (), generator=generator))
         file, why = next(iter(self.skipped.items()))
         raise RuntimeError(f"{self.root}: none of {len(self.files)} files can be used; {file}: {why}")
@@ -932,7 +940,7 @@ def monitor(model, waves, truth=None):
 
 def verdict(m):
     """What the figures of `monitor` say, in words."""
-    if m["follows_offset"] > 0.3 or m["fork"] < 0.5 or m["equivariance"] < 0.5:
+    if not (m["follows_offset"] < 0.3 and m["fork"] > 0.5 and m["equivariance"] > 0.5):  # so that NaN fails
         return "SHORTCUT or nothing learned: y does not rotate with the crop"
     key = "" if math.isnan(m["exact"]) else f"; label-free key signature {m['exact']:.2f}, {m['fifth']:.2f} within a fifth"
     sure = "rotates with the crop" if min(m["fork"], m["equivariance"]) > 0.9 else "begins to rotate with the crop"
@@ -1012,10 +1020,12 @@ def save(path, content):
         raise OSError(f"{path}: cannot save ({str(error).splitlines()[0]}); the save before it is untouched") from None
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, *needed):
     """-> content and its Config. Plain data and tensors only (weights_only): nothing in a file can run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"model", *needed} - content.keys():
+            raise ValueError(f"lacks {', '.join(sorted(missing))}")
         return content, Config(**content["config"])
     except Exception as error:  # a hostile or broken file may raise anything
         why = " ".join(str(error).split())[:80] or type(error).__name__
@@ -1038,13 +1048,14 @@ def load(path, device="cpu"):
 
 def resume(config, out):
     """-> the state that `out` holds of this very run, None for a new run; refuses anything else and touches nothing."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; name a folder")
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out {out}: {path} is a file; name a folder")
     if not (out / "state.pt").exists():
         if (out / "model.pt").exists():
             raise ValueError(f"--out {out}: holds model.pt but no state.pt to go on from; name another folder")
         return None
-    state, theirs = read_checkpoint(out / "state.pt")
+    state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
     for field in dataclasses.fields(Config):
         mine, other = getattr(config, field.name), getattr(theirs, field.name)
         if mine != other and field.name not in ("out", "device", "workers", "save_every"):
@@ -1071,7 +1082,21 @@ def pick_device(name):
 
 
 def train(config):
-    """Train as `config` says -> the run folder. The same call again goes on where the last one stopped."""
+    """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.
+
+    SIGINT and SIGTERM save and raise SystemExit; ValueError, OSError, RuntimeError and FloatingPointError say in one
+    line what is wrong."""
+    told = []
+    handlers = {s: signal.signal(s, lambda number, _: told.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return run(config, told)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run(config, told):
+    """The loop behind `train`; `told` fills with the signals that ask it to stop."""
     # device, processes, run folder
     c, device, out = config, pick_device(config.device), Path(config.out)
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
@@ -1097,13 +1122,16 @@ def train(config):
     optimizer = torch.optim.AdamW([{"params": linear}, {"params": other, "weight_decay": 0.0}], lr=c.lr,
                                   betas=(0.9, 0.98), fused=device.type != "mps")
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:
+            raise ValueError(f"{out}/state.pt: does not fit its own config ({' '.join(str(error).split())[:80]})") from None
 
     # music: chunks of fresh tracks go into a ring, the pool, which holds two batches before the first step
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else max(1, cores // 2) if c.data else 0
-    slots = c.pool // c.fresh
+    slots = -(-c.pool // c.fresh)
     ahead = min(slots, -(-2 * c.batch // c.fresh))
     chunk = max(0, done + ahead - slots)
     stream = Stream(c, rank, "cpu" if workers else device)
@@ -1123,8 +1151,7 @@ def train(config):
         if c.data:
             g = torch.Generator().manual_seed(0)
             sounds["folder"] = torch.stack([stream.folder.pair(i % len(stream.folder), g) for i in range(64)]), {}
-    stop, bad, begin = [], 0, time.time()
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bad, begin = 0, time.time()
     bar = tqdm(total=c.steps, initial=done, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=0.5)
     for step in range(done, c.steps):
         # fresh tracks into the pool, a batch out of it
@@ -1147,11 +1174,11 @@ def train(config):
         (terms.get("nt_xent", 0) + c.eq_weight * terms.get("cpsd", 0)).backward()
         if world_size() > 1:
             grads = [p.grad for p in model.parameters()]
-            flat = torch.cat([grad.flatten() for grad in grads] + [grads[0].new_tensor([len(stop)])])
+            flat = torch.cat([grad.flatten() for grad in grads] + [grads[0].new_tensor([len(told)])])
             dist.all_reduce(flat)
             for grad, mean in zip(grads, (flat / world_size()).split([grad.numel() for grad in grads] + [1])):
                 grad.copy_(mean.view_as(grad))
-            stop += [signal.SIGTERM] * (not stop and flat[-1].item() > 0)
+            told += [signal.SIGTERM] * (not told and flat[-1].item() > 0)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
         # the update, unless its gradient is not finite
@@ -1178,24 +1205,22 @@ def train(config):
             log.write(f"{step + 1}," + ",".join(f"{x:.6g}" for x in row) + "\n")
             bar.set_postfix(loss=f"{loss:.3f}", **{k: f"{v:.3f}" for k, v in values.items()}, tracks_s=f"{rate:.0f}")
             bar.update()
-            due = (step + 1) % c.save_every == 0 or step + 1 == c.steps
-            if (due or stop) and not bad:
+            last = step + 1 == c.steps
+            due = last or (step + 1) % c.save_every == 0
+            if (due or told) and (not bad or last):
                 content = {"config": dataclasses.asdict(c), "model": model.state_dict()}
                 save(out / "model.pt", content)
                 save(out / "state.pt", content | {"optimizer": optimizer.state_dict(), "step": step + 1})
-            for sound, (waves, labels) in sounds.items() if due and "eq" in c.tasks and not stop else ():
+            for sound, (waves, labels) in sounds.items() if due and "eq" in c.tasks else ():
                 m = monitor(model.eval(), waves.to(device), labels["key_signature"].to(device) if labels else None)
                 model.train()
                 watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")
                 bar.write(f"step {step + 1}, {sound} music: {verdict(m)}")
-        if stop:
-            break
+        if told and step + 1 < c.steps:
+            bar.close()
+            print(f"{out}: stopped, saved after step {step + 1}; the same command goes on from there")
+            raise SystemExit(128 + told[0])
     bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if stop and step + 1 < c.steps:
-        print(f"{out}: stopped, saved after step {step + 1}; the same command goes on from there")
-        raise SystemExit(128 + stop[0])
     return out
 
 
@@ -1207,6 +1232,7 @@ def main():
     """One flag per field of Config."""
     parser = argparse.ArgumentParser(description="Train MT2 (or TUNe, CLMR) without labels. See README.md.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: sys.exit(f"mt2: {message}; python mt2.py --help lists the flags")
     for field in dataclasses.fields(Config):
         default = ",".join(field.default) if field.type is tuple else field.default
         parser.add_argument("--" + field.name.replace("_", "-"), type=str if field.type is tuple else field.type,
