@@ -517,7 +517,7 @@ def nt_xent(a, b, temperature=0.1):
     with torch.autocast(a.device.type, enabled=False):  # float32: exp(s / t) would magnify bf16's error tenfold
         z = torch.cat([a, b])
         z = z.double() if temperature < 0.025 else z.float() if z.element_size() < 4 else z  # exp(-2 / t) underflows
-        z = z.where(z.detach().norm(dim=-1, keepdim=True) > 1e-12, 0)  # rows without a direction get no gradient
+        z = z.where(~(z.detach().norm(dim=-1, keepdim=True) <= 1e-12), 0)  # 0-rows get no gradient; NaN stays
         block = max(64, 2 ** 19 // len(z))
         return NTXent.apply(F.normalize(z, dim=-1), temperature, block).to(torch.promote_types(a.dtype, torch.float32))
 
