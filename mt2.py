@@ -62,7 +62,7 @@ class Config:
     expansion: int = knob(4, "of TUNe: expansion layers, 1 to 4; 0 is CLMR's SampleCNN")
     tasks: tuple = knob(("eq", "con"), "class tokens, in token order: eq,con | eq | con")
     inputs: tuple = knob(("mel", "vqt"), "branches, whose tokens are added: mel,vqt | mel | vqt")
-    steps: int = knob(1200, "optimiser steps (paper: about 1000 epochs of 512)")
+    steps: int = knob(1100, "optimiser steps (paper: about 1000 epochs of 512)")
     batch: int = knob(128, "tracks per step and process (paper: 128)")
     seed: int = knob(0, "of weights, music and views")
     device: str = knob("auto", "auto | cpu | cuda | mps")
@@ -81,8 +81,8 @@ class Config:
     pool: int = knob(2048, "tracks that the pool remembers; ours")
     easy: float = knob(0.35, "share of the run with easy generated music before an equal ramp to rich; ours")
     gap: float = knob(30.0, "seconds that the starts of segments A and B of a file lie apart at most; ours")
-    workers: int = knob(-1, "processes that prepare music; -1: none for generated music, else half of the cores")
-    save_every: int = knob(200, "steps between saves")
+    workers: int = knob(-1, "processes that prepare music; -1: half of the cores, none for generated music on a GPU")
+    save_every: int = knob(275, "steps between saves")
 
     def __post_init__(self):
         if self.size not in SIZES:
@@ -340,9 +340,8 @@ class MT2(nn.Module):
         logits = logits - mean[offset]
         std = (all_sum(logits.square().sum(0)) / count.sum() + 1e-5).sqrt()
         with torch.no_grad():
-            seen = (count > 0) & mean.isfinite()
-            self.offset_mean.copy_(torch.where(seen, self.offset_mean.lerp(mean, 0.1), self.offset_mean))
-            self.logit_std.copy_(torch.where(std.isfinite(), self.logit_std.lerp(std, 0.1), self.logit_std))
+            self.offset_mean.lerp_(mean, 0.1 * (count > 0))
+            self.logit_std.lerp_(std, 0.1)
         return logits / std
 
     def features(self, wave):
@@ -842,7 +841,8 @@ class AudioFolder(Dataset):
             raise ValueError("holds NaN or infinity")
         if waves.abs().amax(1).min() < 1e-4:
             raise ValueError("silent")
-        waves = torchaudio.functional.resample(waves, rate, SAMPLE_RATE)  # returns its input where rates agree
+        rate = 25 * round(rate / 25)  # at most 3 cents off; 44,101 Hz to the letter would take a filter of minutes
+        waves = torchaudio.functional.resample(waves, rate, SAMPLE_RATE)  # its input, where the rates agree
         samples = round(self.seconds * SAMPLE_RATE)
         return F.pad(waves, (0, max(0, samples - waves.shape[1])))[:, :samples].clamp(-1, 1)
 
@@ -1105,13 +1105,16 @@ def run(config, told):
     state = resume(c, out)
     done = state["step"] if state else 0
     if done >= c.steps:
+        times = [p.stat().st_mtime_ns if p.exists() else 0 for p in (out / "model.pt", out / "state.pt")]
+        if rank == 0 and times[0] < times[1]:  # killed between its last two saves
+            save(out / "model.pt", {k: state[k] for k in ("config", "model")})
         print(f"{out}: already trained for all of its {done} steps")
         return out
 
     # model and optimiser; weight decay on matrices only
     torch.manual_seed(c.seed)
     model = build(c)
-    if c.init:
+    if c.init and not state:
         try:
             model.load_state_dict(load(c.init).state_dict())
         except RuntimeError:
@@ -1130,7 +1133,10 @@ def run(config, told):
 
     # music: chunks of fresh tracks go into a ring, the pool, which holds two batches before the first step
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = c.workers if c.workers >= 0 else max(1, cores // 2) if c.data else 0
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = c.workers if c.workers >= 0 else 0 if device.type == "cuda" and not c.data else max(1, cores // 2)
+    if device.type == "cpu":  # threads that wait for a core taken by a worker made a step up to ten times as long
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
     slots = -(-c.pool // c.fresh)
     ahead = min(slots, -(-2 * c.batch // c.fresh))
     chunk = max(0, done + ahead - slots)
@@ -1147,7 +1153,7 @@ def run(config, told):
         print(f"{c.encoder} {'+'.join(c.tasks)} on {'+'.join(c.inputs)}: {sum(p.numel() for p in model.parameters()):,} "
               f"parameters, {world_size()} x {device}, {clips * SECONDS:.0f} s of sound a step\n"
               f"at chance {', '.join(chance[t] for t in c.tasks)}; {out}: steps {done} to {c.steps}", flush=True)
-        sounds = {"generated": SyntheticMusic(999).batch(192, 0)}  # seeds of training start at 4096
+        sounds = {"generated": SyntheticMusic(999).batch(128, 0)}  # seeds of training start at 4096
         if c.data:
             g = torch.Generator().manual_seed(0)
             sounds["folder"] = torch.stack([stream.folder.pair(i % len(stream.folder), g) for i in range(64)]), {}
@@ -1167,6 +1173,7 @@ def run(config, told):
             chunk += 1
         g = torch.Generator().manual_seed(stream.seed * 2 ** 32 + step)
         pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)
+        statistics = [b.clone() for b in model.buffers()]
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g)
 
         # gradients; among processes one reduction, which also carries whether anyone was told to stop
@@ -1192,6 +1199,8 @@ def run(config, told):
             optimizer.param_groups[0]["weight_decay"] = 0.025 + 0.015 * math.cos(math.pi * step / c.steps)
             optimizer.step()
         else:
+            for b, before in zip(model.buffers(), statistics):
+                b.copy_(before)
             what = ", ".join(k for k, v in values.items() if not math.isfinite(v)) or "the gradient"
             bar.write(f"step {step + 1}: {what} is not finite, update skipped ({bad} in a row)")
             if bad == 10:
@@ -1207,15 +1216,15 @@ def run(config, told):
             bar.update()
             last = step + 1 == c.steps
             due = last or (step + 1) % c.save_every == 0
-            if (due or told) and (not bad or last):
-                content = {"config": dataclasses.asdict(c), "model": model.state_dict()}
-                save(out / "model.pt", content)
-                save(out / "state.pt", content | {"optimizer": optimizer.state_dict(), "step": step + 1})
             for sound, (waves, labels) in sounds.items() if due and "eq" in c.tasks else ():
                 m = monitor(model.eval(), waves.to(device), labels["key_signature"].to(device) if labels else None)
                 model.train()
                 watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")
                 bar.write(f"step {step + 1}, {sound} music: {verdict(m)}")
+            if (due or told) and (not bad or last):
+                content = {"config": dataclasses.asdict(c), "model": model.state_dict()}
+                save(out / "state.pt", content | {"optimizer": optimizer.state_dict(), "step": step + 1})
+                save(out / "model.pt", content)
         if told and step + 1 < c.steps:
             bar.close()
             print(f"{out}: stopped, saved after step {step + 1}; the same command goes on from there")

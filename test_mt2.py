@@ -1,0 +1,1069 @@
+"""Tests of mt2.py, each named after its claim: python -m pytest -q test_mt2.py (about 80 s on two CPU cores).
+
+As a script, python test_mt2.py prints benchmark tables instead: this code against peers that are installed
+(nnAudio, librosa, lightly, pytorch-metric-learning) and against the machine's own matrix product."""
+import dataclasses
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import mt2
+from mt2 import (MT2, VQT, AudioFolder, Config, SyntheticMusic, TUNe, calibrate, cpsd, crop, key_phase,
+                 key_signature, load, monitor, nt_xent, train, unit_range, verdict)
+
+HERE = Path(__file__).resolve().parent
+TINY = dict(dim=24, depth=1, heads=2, frames=6, batch=4, fresh=2, pool=12, steps=8, save_every=3, warmup=2,
+            workers=0, device="cpu")
+VALID = [("eq,con", "mel,vqt"), ("eq,con", "vqt"), ("eq", "mel,vqt"), ("eq", "vqt"),
+         ("con", "mel,vqt"), ("con", "mel"), ("con", "vqt")]  # tasks and inputs that go together
+FEW = """
+import mt2
+whole = mt2.SyntheticMusic.batch
+def few(self, n, *rest, **more):  # the monitor's tracks (seeds 998 and 999) cut to 8: saves seconds per run
+    return whole(self, min(n, 8) if self.seed in (998, 999) else n, *rest, **more)
+mt2.SyntheticMusic.batch = few
+mt2.torch.set_num_threads(1)
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    exec(FEW, {})
+
+
+def tiny(out="unused", **more):
+    return Config(**(TINY | {"out": str(out)} | more))
+
+
+def model(**more):
+    torch.manual_seed(0)
+    return MT2(tiny(**more)).eval()
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def tone(hertz, seconds=4.0, rate=16000):
+    """Sines [len(hertz), samples] of amplitude 1."""
+    t = torch.arange(int(seconds * rate), dtype=torch.float64) / rate
+    return (2 * math.pi * torch.as_tensor(hertz, dtype=torch.float64).view(-1, 1) * t).sin().float()
+
+
+# ---- Losses ----------------------------------------------------------------------------------------------
+
+def naive_nt_xent(a, b, t):
+    """SimCLR's algorithm 1, written out in float64."""
+    z = np.concatenate([a, b]).astype(np.float64)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    total, n = 0.0, len(z)
+    for i in range(n):
+        sim = [float(z[i] @ z[j]) / t for j in range(n) if j != i]
+        total += math.log(sum(math.exp(s - 1 / t) for s in sim)) + (1 - float(z[i] @ z[(i + n // 2) % n])) / t
+    return total / n
+
+
+def autograd_nt_xent(a, b, t=0.1):
+    """The same with the whole matrix, for autograd to differentiate."""
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    sim = (z @ z.T / t).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+    return F.cross_entropy(sim, torch.arange(len(z), device=z.device).roll(len(a)))
+
+
+def complex_cpsd(y_a, y_b, k, omega=7):
+    """Cross-power spectral density with complex numbers."""
+    dft = torch.exp(-2j * math.pi * omega * torch.arange(12, dtype=torch.float64) / 12).to(y_a.device)
+    target = torch.exp(2j * math.pi * omega * torch.as_tensor(k).double() / 12)
+    return ((target - (y_a.to(dft.dtype) @ dft) * (y_b.to(dft.dtype) @ dft).conj()).abs() ** 2).mean()
+
+
+@pytest.mark.parametrize("B, P, scale, t", [(2, 3, 1, .1), (3, 1, 1e-3, .5), (17, 8, 1e4, .1), (90, 5, 1, 1)])
+def test_nt_xent_equals_the_definition(B, P, scale, t):
+    a, b = scale * noise(B, P).double(), noise(B, P, seed=1).double()
+    expected = naive_nt_xent(a.numpy(), b.numpy(), t)
+    assert nt_xent(a, b, t).item() == pytest.approx(expected, rel=1e-10)
+    assert nt_xent(a.float(), b.float(), t).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("B", [2, 5, 255, 257, 700, 1100])  # below and above usual blocks, no multiples
+def test_nt_xent_and_its_gradient_equal_autograd_of_the_formula(B):
+    a, b = (noise(B, 7, seed=s).double().requires_grad_() for s in (0, 1))
+    mine, plain = 3 * nt_xent(a, b, 0.2), 3 * autograd_nt_xent(a, b, 0.2)
+    assert mine.item() == pytest.approx(plain.item(), rel=1e-10)
+    assert_close(torch.autograd.grad(mine, (a, b)), torch.autograd.grad(plain, (a, b)), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("B", [2, 8, 600])
+def test_nt_xent_of_identical_embeddings_is_log_2b_minus_1_and_of_a_perfect_match_near_zero(B):
+    same, one_hot = torch.ones(B, 16), torch.eye(B)
+    assert nt_xent(same, same).item() == pytest.approx(math.log(2 * B - 1), abs=1e-4)
+    assert nt_xent(one_hot, one_hot).item() < 0.06 and nt_xent(one_hot, one_hot.roll(1, 0)).item() > 9
+
+
+@pytest.mark.parametrize("t", [0.01, 0.02, 0.03, 0.1])
+def test_nt_xent_is_finite_and_right_with_zero_rows_identical_rows_and_a_tiny_temperature(t):
+    a, b = noise(12, 6), noise(12, 6, seed=1)
+    a[0], a[1], b[2], b[3], b[4] = 0, a[5], a[2], -a[3], b[5]
+    a, b = a.requires_grad_(), b.requires_grad_()
+    mine, plain = nt_xent(a, b, t), autograd_nt_xent(a.double(), b.double(), t)
+    assert mine.item() == pytest.approx(plain.item(), rel=1e-4)
+    for x, y in zip(torch.autograd.grad(mine, (a, b)), torch.autograd.grad(plain, (a, b))):
+        assert x.abs().max() < 1e4
+        assert_close(x[1:], y[1:], rtol=1e-3, atol=1e-4)  # row 0 of a is zero and has no direction
+    assert nt_xent(a.where(a != 0, math.nan), b, t).isnan()  # what is broken is not hidden
+
+
+def test_nt_xent_keeps_no_matrix_for_the_backward_pass():
+    saved, a, b = [], noise(1500, 8).requires_grad_(), noise(1500, 8, seed=1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        nt_xent(a, b)
+    assert sum(saved) < 3000 * 3000 / 10
+
+
+@pytest.mark.parametrize("B, omega", [(1, 7), (2, 1), (33, 7), (5, 2)])
+def test_cpsd_equals_the_complex_definition(B, omega):
+    y_a, y_b = (noise(B, 12, seed=s).mul(3).double().softmax(1) for s in (0, 1))
+    k = torch.randint(-15, 16, (B,), generator=seeded(2))
+    expected = complex_cpsd(y_a, y_b, k, omega).item()
+    assert cpsd(y_a, y_b, k, omega).item() == pytest.approx(expected, abs=1e-12)
+    assert cpsd(y_a.float(), y_b.float(), int(k[0]), omega).item() == pytest.approx(
+        complex_cpsd(y_a, y_b, k[:1], omega).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("omega", [1, 7])
+def test_cpsd_is_0_for_a_rolled_one_hot_2_on_average_for_the_wrong_sign_and_1_for_a_uniform_y(omega):
+    y = torch.eye(12, dtype=torch.float64)  # every pitch class
+    right = [cpsd(y, y.roll(k, 1), k, omega).item() for k in range(-12, 13)]
+    wrong = [cpsd(y, y.roll(-k, 1), k, omega).item() for k in range(12)]
+    assert max(right) < 1e-12 and np.mean(wrong) == pytest.approx(2)
+    assert cpsd(torch.full((12, 12), 1 / 12), y.float(), 5, omega).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_both_losses_pass_gradcheck():
+    a, b = (noise(4, 12, seed=s).double().requires_grad_() for s in (0, 1))
+    k = torch.tensor([0, 3, -5, 11])
+    assert torch.autograd.gradcheck(nt_xent, (a, b))
+    assert torch.autograd.gradcheck(lambda a, b: cpsd(a.softmax(1), b.softmax(1), k), (a, b))
+
+
+def test_both_losses_in_bf16_and_under_autocast_are_close_to_float32():
+    a, b = noise(300, 12).requires_grad_(), noise(300, 12, seed=1)
+    for loss in (nt_xent, lambda a, b: cpsd(a.softmax(1), b.softmax(1), 3)):
+        full = loss(a, b)
+        grad = torch.autograd.grad(full, a)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            for x in (a, a.bfloat16()):
+                low = loss(x, b.to(x.dtype))
+                assert low.dtype == torch.float32 and low.item() == pytest.approx(full.item(), rel=0.01)
+                assert (torch.autograd.grad(low, a)[0] - grad).norm() < 0.05 * grad.norm()
+
+
+# ---- Front ends ------------------------------------------------------------------------------------------
+
+SEMITONES = 27.5 * 2 ** (torch.arange(99, dtype=torch.float64) / 12)  # Hz of the VQT's bins
+EXTREME = {"silence": torch.zeros(64000), "DC": torch.ones(64000), "full scale": tone([440])[0].sign(),
+           "click": torch.eye(64, 64000)[40], "first": torch.eye(1, 64000)[0], "whisper": 1e-7 * noise(64000)}
+
+
+def test_a_tone_hits_its_bin_and_reads_its_amplitude_in_every_bin():
+    level = VQT().magnitude(0.3 * tone(SEMITONES))[:, 63]  # [99 tones, 99 bins], in the middle of the clip
+    assert (level.argmax(1) == torch.arange(99)).all()
+    # bin 98, 7902 Hz, lies so near half of the sample rate that it beats with its mirror image
+    assert_close(level.diagonal()[:98], torch.full((98,), 0.3), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("frame, j", [(63, 0), (0, 30), (125, 40), (70, 59), (63, 60), (40, 98)])
+def test_vqt_equals_a_direct_correlation_in_float64(frame, j):
+    hertz = float(SEMITONES[j])
+    width = 16000 / ((2 ** (1 / 12) - 1) * hertz)
+    t = np.arange(-math.ceil(width / 2) + 1, math.ceil(width / 2))
+    hann = np.cos(np.pi * t / width) ** 2
+    heard = np.pad(noise(64000).double().numpy(), 8192)[8192 + 512 * frame + t]
+    direct = abs((heard * hann * np.exp(-2j * np.pi * hertz * t / 16000)).sum()) * 2 / hann.sum()
+    assert VQT().magnitude(noise(1, 64000))[0, frame, j].item() == pytest.approx(direct, rel=1e-4)
+
+
+@pytest.mark.parametrize("semitones", [1, 3, 15])
+def test_a_crop_is_a_transposition(semitones):
+    chord = lambda up: tone(SEMITONES[[20, 40, 60]] * 2 ** (up / 12)).mean(0, keepdim=True)
+    spectrum = lambda up: VQT().magnitude(chord(up))[:, 20:106]  # away from the edges
+    low, high = (crop(spectrum(up), torch.tensor([up])) for up in (0, semitones))
+    assert_close(high, low, rtol=0, atol=0.001)  # of 0.33 a tone
+    assert (spectrum(semitones)[..., :84] - low).abs().max() > 0.1  # uncropped they differ
+
+
+@pytest.mark.parametrize("name", EXTREME)
+def test_extreme_sound_gives_finite_features_from_0_to_1_and_silence_0(name):
+    wave = EXTREME[name][None]
+    mel, vqt = (unit_range(x) for x in mt2.FrontEnd()(wave))
+    assert mel.shape == (1, 126, 128) and vqt.shape == (1, 126, 99)
+    for x in (mel, vqt, VQT()(wave)):
+        assert x.isfinite().all() and x.min() >= 0 and x.max() <= (0 if name == "silence" else 1)
+    assert all(x.isfinite().all() for x in model()(wave))
+
+
+def test_clips_do_not_depend_on_their_batch():
+    waves, net = torch.stack([0.001 * noise(64000), EXTREME["silence"], EXTREME["full scale"]]), model()
+    mel = lambda w: unit_range(mt2.FrontEnd()(w)[0])
+    for f in (VQT(), mel, lambda w: net(w).y, lambda w: net(w).z, lambda w: net(w).tokens):
+        assert_close(f(waves)[:1], f(waves[:1]), rtol=1e-4, atol=1e-5)
+
+
+# ---- Models ----------------------------------------------------------------------------------------------
+
+def million(net):
+    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("head_con")) / 1e6
+
+
+def test_the_paper_size_has_5_3_to_5_6_million_parameters():
+    assert 5.3 < million(MT2(Config(size="paper"))) < 5.6
+
+
+@pytest.mark.parametrize("expansion, millions", [(0, 2.4), (1, 2.1), (4, 2.2)])
+def test_tune_has_the_published_size_its_stages_and_one_embedding_per_clip(expansion, millions):
+    net = TUNe(tiny(encoder="tune", expansion=expansion)).eval()
+    stages = net.layers(noise(2, 64000))
+    lengths = [stage.shape[1] for stage in stages]
+    assert sum(b > a for a, b in zip(lengths, lengths[1:])) == expansion and stages[-1].shape[::2] == (2, 512)
+    assert net(noise(2, 64000)).shape == (2, 64) and round(million(net), 1) == millions
+
+
+@pytest.mark.parametrize("tasks, inputs", VALID)
+def test_every_valid_model_has_its_shapes(tasks, inputs):
+    net = model(tasks=tasks, inputs=inputs, depth=2)
+    y, z, tokens = net(noise(3, 64000))
+    n_cls = len(net.class_tokens)
+    layers = net.layers(noise(3, 64000))
+    assert net.class_tokens == tuple(tasks.split(",")) and layers.shape == (3, 3, n_cls + 126, 24)
+    assert torch.equal(layers[-1], tokens)
+    assert (y is None) == ("eq" not in tasks) and (z is None) == ("con" not in tasks)
+    assert y is None or y.shape == (3, 12) and y.min() >= 0 and torch.allclose(y.sum(1), torch.ones(3))
+    assert z is None or z.shape == (3, 64)
+    for shape in ((64000,), (1, 64001), (1, 100), (1, 1, 64000)):
+        with pytest.raises(ValueError, match="MT2 takes waves"):
+            net(torch.zeros(shape))
+
+
+def test_an_offset_is_an_int_or_one_per_clip_and_the_middle_by_default():
+    net, wave = model(), noise(2, 64000)
+    y = net(wave, torch.tensor([3, 8])).y
+    assert_close(y, torch.stack([net(wave, 3).y[0], net(wave).y[1]]), rtol=1e-4, atol=1e-6)
+    assert_close(net.pitch(wave, (3, 8))[:, 0], torch.stack([y[0], net(wave).y[0]]), rtol=1e-4, atol=1e-6)
+    assert (y[0] - net(wave).y[0]).abs().max() > 1e-3
+
+
+def test_the_equivariant_token_is_blind_to_mel_and_the_contrastive_one_is_not():
+    net, wave = model(), noise(2, 64000)
+    before, eq = net(wave), net.layers(wave)[:, :, 0]
+    other_mel = lambda module, given, out: (out[0] + 20 * noise(2, 126, 128, seed=5), out[1])
+    net.front_end.register_forward_hook(other_mel)
+    after = net(wave)
+    assert torch.equal(before.y, after.y) and torch.equal(eq, net.layers(wave)[:, :, 0])
+    assert (before.z - after.z).abs().max() > 1e-3
+
+
+def test_centring_removes_exactly_what_depends_on_the_offset_alone():
+    net, offset = model().train(), torch.arange(64) % 16
+    logits, shortcut = noise(64, 12), 10 * noise(16, 12, seed=1)
+    plain = net.center(logits, offset)
+    assert_close(net.center(logits + shortcut[offset], offset), plain, rtol=0, atol=1e-5)
+    assert max(plain[offset == c].mean(0).abs().max() for c in range(16)) < 1e-6 and 0.9 < plain.std() < 1.1
+
+
+def test_centring_outside_of_training_knows_the_offsets_and_not_the_batch():
+    net, offset, shortcut = model().train(), torch.arange(64) % 16, 5 * noise(16, 12)
+    for seed in range(60):
+        net.center(noise(64, 12, seed=seed) + shortcut[offset], offset)
+    net.eval()
+    centred = net.center(shortcut, torch.arange(16))
+    assert centred.abs().max() < 1 < shortcut.abs().max() / 5  # the running means have followed the shortcut
+    assert torch.equal(net.center(shortcut[3:4], torch.tensor([3])), centred[3:4])
+
+
+# ---- Generated music -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def music():
+    """-> waves [48, 2, 64000], labels, power per pitch class [48, 2, 126, 12] with C first."""
+    waves, labels = SyntheticMusic(7).batch(48, 0)
+    power = VQT().magnitude(waves.flatten(0, 1))[..., :96].square().unflatten(2, (8, 12)).sum(2)
+    return waves, labels, power.roll(9, -1).unflatten(0, (48, 2))  # the first bin is an A
+
+
+def test_same_seed_and_step_same_music_else_other_music():
+    music = SyntheticMusic(3)
+    first, labels = music.batch(2, 5)
+    other = music.batch(2, 6)[0]
+    again, same = music.batch(2, 5)
+    assert torch.equal(first, again) and torch.equal(first, SyntheticMusic(3).batch(2, 5)[0])
+    assert all(torch.equal(labels[k].nan_to_num(-1), same[k].nan_to_num(-1)) for k in labels)
+    assert min((first - x).abs().max() for x in (other, SyntheticMusic(4).batch(2, 5)[0])) > 0.1
+
+
+def test_music_and_its_labels_are_in_range(music):
+    waves, labels, _ = music
+    assert waves.shape == (48, 2, 64000) and waves.isfinite().all()
+    assert waves.abs().max() <= 1 < 20 * waves.std()
+    least, most = dict(tempo=60), dict(key=23, key_signature=11, instrument=9, chord=24, tempo=180)
+    for name, highest in most.items():
+        assert least.get(name, 0) <= labels[name].min() and labels[name].max() <= highest
+        assert len(labels[name].unique()) > 5
+    assert torch.equal(labels["key_signature"], (labels["key"] % 12 + 3 * (labels["key"] >= 12)) % 12)
+    for times in (labels["beats"], labels["onsets"]):
+        given = times[times.isfinite()]
+        assert given.min() >= 0 and given.max() < 4 and times.isfinite().any(2).all()
+
+
+@pytest.mark.parametrize("segment", [0, 1])
+def test_both_segments_sound_in_the_labelled_key_signature(music, segment):
+    _, labels, power = music
+    total = power[:, segment].sum(1)
+    turned = [x.roll(-int(k)) for x, k in zip(total / total.sum(1, keepdim=True), labels["key_signature"])]
+    share = [sum(turned).roll(-shift)[[0, 2, 4, 5, 7, 9, 11]].sum().item() for shift in range(12)]
+    assert np.argmax(share) == 0 and share[0] > 1.02 * sorted(share)[-2]  # a fifth away one tone differs
+
+
+def test_the_segments_of_a_track_have_other_notes(music):
+    waves, labels, _ = music
+    chord = labels["chord"]
+    assert ((chord[:, 0] != chord[:, 1]).any(1) | (chord[:, 0] == 24).all(1)).float().mean() > 0.9
+    assert (waves[:, 0] - waves[:, 1]).abs().amax(1).min() > 0.1
+
+
+@pytest.mark.parametrize("minor", [0, 1])
+def test_chord_labels_agree_with_the_sound(music, minor):
+    _, labels, power = music
+    mine = (labels["chord"] // 12 == minor) & (power.sum(3) > 0)
+    frames, roots = power[mine], labels["chord"][mine] % 12
+    frames = frames / frames.sum(1, keepdim=True)
+    profile = frames.gather(1, (torch.arange(12) + roots[:, None]) % 12).mean(0)
+    share = [profile.roll(-shift)[[0, 4 - minor, 7]].sum().item() for shift in range(12)]
+    assert np.argmax(share) == 0 and share[0] > 1.2 * sorted(share)[-2]
+    assert profile[4 - minor] > 1.5 * profile[3 + minor]  # the labelled third, not the other one
+
+
+def test_beats_follow_the_tempo_and_sound_rises_at_onsets(music):
+    waves, labels, _ = music
+    gaps = labels["beats"].diff(dim=2) - 60 / labels["tempo"][:, None, None]
+    assert gaps.isfinite().sum() > 400 and gaps.nan_to_num(0).abs().max() < 1e-4
+    mel = mt2.FrontEnd()(waves.flatten(0, 1))[0].clamp_min(-60)  # dB
+    rise = mel.diff(dim=1).clamp_min(0).mean(2)  # [96, 125]
+    at = torch.zeros_like(rise, dtype=torch.bool)
+    for row, seconds in zip(at, labels["onsets"].flatten(0, 1)):
+        row[(seconds[seconds.isfinite()] * 31.25).long().clamp_max(124)] = True
+    assert rise[at].mean() > 1.5 * rise[~at].mean()
+
+
+def test_a_silent_start_has_no_onsets_and_no_beats():
+    waves, labels = SyntheticMusic(11).batch(64, 0)
+    begin = (waves.abs().flatten(0, 1) > 1e-6).float().argmax(1) / 16000  # seconds
+    late = begin > 0.2
+    assert late.sum() >= 2
+    for name in ("onsets", "beats"):
+        assert (labels[name].flatten(0, 1).nan_to_num(9).amin(1) > begin - 0.01)[late].all()
+
+
+# ---- A folder of music -----------------------------------------------------------------------------------
+
+USABLE = {"plain.wav": (16000, 1, 300), "räv ♪.flac": (44100, 2, 500), "with space/x.ogg": (22050, 1, 700),
+          "odd.wav": (11127, 1, 900), "eight.wav": (8000, 8, 1100), "LOUD.WAV": (48000, 2, 1300),
+          "high.flac": (192000, 1, 1700)}  # rate, channels, Hz of the tone in it
+BROKEN = {"short.wav", "three samples.wav", "nan.wav", "infinite.wav", "silent.wav", "empty.wav", "text.mp3",
+          "cut.flac", "dangling.ogg"}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """A folder of seven usable files and of everything that can be wrong with others."""
+    root = tmp_path_factory.mktemp("zoo")
+    for name, (rate, channels, hertz) in USABLE.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        soundfile.write(root / name, 0.5 * tone([hertz] * channels, 6, rate).T.numpy(), rate)
+    for name, value, length in (("short", 1, 1000), ("three samples", 1, 3), ("nan", np.nan, 10 ** 5),
+                                ("infinite", np.inf, 10 ** 5), ("silent", 0, 10 ** 5)):
+        soundfile.write(root / f"{name}.wav", np.full(length, value, float), 16000, subtype="FLOAT")
+    (root / "empty.wav").write_bytes(b"")
+    (root / "text.mp3").write_text("la la la\n" * 1000)
+    (root / "cut.flac").write_bytes((root / "high.flac").read_bytes()[:40_000])
+    (root / "dangling.ogg").symlink_to(root / "nowhere.ogg")
+    (root / "folder.wav").mkdir()
+    (root / "notes.txt").write_text("not music")
+    return root
+
+
+def pitch_of(wave):
+    return round(np.argmax(np.abs(np.fft.rfft(wave.numpy()))) / 4)  # Hz
+
+
+def test_a_folder_gives_what_is_usable_and_names_the_rest(zoo):
+    folder, heard = AudioFolder(zoo), set()
+    for i, file in enumerate(folder.files):
+        waves, name = folder.pair(i, seeded(i)), Path(file).relative_to(zoo).as_posix()
+        assert waves.shape == (2, 64000) and waves.isfinite().all() and 0.4 < waves.abs().max() <= 1
+        assert pitch_of(waves[0]) == pitch_of(waves[1]) == USABLE.get(name, (0, 0, pitch_of(waves[1])))[2]
+        heard.add(pitch_of(waves[0]))
+    assert heard == {hertz for _, _, hertz in USABLE.values()} and len(folder) == len(USABLE) + len(BROKEN)
+    assert {os.path.basename(f) for f in folder.skipped} == BROKEN
+    assert all(reason and "\n" not in reason for reason in folder.skipped.values())
+
+
+def test_the_same_generator_gives_the_same_segments_whatever_was_read_before(zoo):
+    used = AudioFolder(zoo)
+    for i in range(len(used)):
+        used.pair(i, seeded(100 + i))  # now it knows every broken file
+    for i in range(len(used)):
+        assert torch.equal(used.pair(i, seeded(i)), AudioFolder(zoo).pair(i, seeded(i)))
+    broken = [os.path.basename(f) for f in used.files].index("empty.wav")  # replaced by ever another one
+    assert len({pitch_of(used.pair(broken, seeded(i))[0]) for i in range(12)}) > 2
+
+
+def test_both_segments_lie_in_the_track_and_within_the_gap(tmp_path):
+    clock = np.arange(20 * 8000) / 8000 / 20 * 0.9 + 0.05  # each sample tells its time
+    soundfile.write(tmp_path / "clock.wav", clock, 8000, subtype="FLOAT")
+    folder = AudioFolder(tmp_path, gap=3)
+    starts = torch.stack([folder.pair(0, seeded(i))[:, 100] for i in range(60)]).sub(0.05) / 0.9 * 20
+    assert -0.1 < starts.min() < 2 and 14 < starts.max() < 16.1
+    assert 2 < (starts[:, 0] - starts[:, 1]).abs().max() < 3.1
+
+
+def test_silent_passages_lost_files_and_links_in_circles_do_no_harm(tmp_path):
+    late = torch.cat([torch.zeros(5 * 16000), tone([440], 10)[0]]).numpy()
+    for name in ("late.wav", "lost.wav"):
+        soundfile.write(tmp_path / name, late, 16000)
+    (tmp_path / "round").symlink_to(tmp_path)
+    folder = AudioFolder(tmp_path)
+    assert len(folder) == 2
+    (tmp_path / "lost.wav").unlink()
+    assert {folder.pair(i % 2, seeded(i)).shape for i in range(20)} == {(2, 64000)}
+
+
+def test_missing_empty_and_unusable_folders_are_named(tmp_path):
+    for root in (tmp_path / "missing", tmp_path):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(root))):
+            AudioFolder(root)
+    (tmp_path / "text.mp3").write_text("no music")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    with pytest.raises(RuntimeError, match=re.escape(str(tmp_path)) + ": none of .*2 files can be used.*$"):
+        AudioFolder(tmp_path).pair(0, seeded(0))
+
+
+def broken_copies(data, n, seed):
+    """Copies of a file that were cut, or had bits flipped: near its head or anywhere."""
+    dice = random.Random(seed)
+    for i in range(n):
+        copy = bytearray(data)
+        if i % 3 == 0:
+            del copy[dice.randrange(len(copy)):]
+        for _ in range(dice.choice([1, 1, 3, 30]) if i % 3 else 0):
+            copy[dice.randrange(64 if i % 3 == 1 else len(copy))] ^= 1 << dice.randrange(8)
+        yield bytes(copy)
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
+def test_broken_sound_gives_waves_or_one_line_and_never_hangs(kind, tmp_path):
+    file, begin = tmp_path / f"x.{kind}", time.time()
+    soundfile.write(file, 0.3 * tone([440], 0.4)[0].numpy() + 0.01 * noise(6400).numpy(), 16000)
+    for i, data in enumerate(broken_copies(file.read_bytes(), 60, seed=1)):
+        file.write_bytes(data)
+        try:
+            waves = AudioFolder(tmp_path, seconds=0.25).pair(0, seeded(i))
+            assert waves.shape == (2, 4000) and waves.isfinite().all() and waves.abs().max() <= 1
+        except RuntimeError as error:
+            assert "\n" not in str(error) and str(file) in str(error)
+    assert time.time() - begin < 30
+
+
+# ---- The monitor -----------------------------------------------------------------------------------------
+
+class Oracle:
+    """A model that knows some waves' key signatures: its y rotates with the key and with the crop."""
+
+    def __init__(self, waves, keys, turn=0):
+        self.keys = {tuple(w[1000:1020].tolist()): int(k) for w, k in zip(waves.flatten(0, -2), keys)}
+        self.turn = turn
+
+    def pitch(self, waves, offsets=(8,)):
+        key = torch.tensor([self.keys.get(tuple(w[1000:1020].tolist()), 0) for w in waves])
+        return torch.stack([F.one_hot((key - c + self.turn) % 12, 12).float() for c in offsets])
+
+
+@pytest.fixture(scope="module")
+def known():
+    """-> 36 tracks and their key signatures; these and the calibration's tracks, as an Oracle wants them."""
+    (waves, labels), (more, theirs) = SyntheticMusic(21).batch(36, 0), SyntheticMusic(998).batch(64, 0)
+    keys = torch.cat([x["key_signature"].repeat_interleave(2) for x in (labels, theirs)])
+    return waves, labels["key_signature"], torch.cat([waves, more]), keys
+
+
+@pytest.mark.parametrize("turn", [0, 5])
+def test_a_perfect_y_gets_perfect_figures_and_its_key_is_read_whatever_its_rotation(turn, known):
+    waves, truth, *known = known
+    oracle = Oracle(*known, turn)
+    figures = monitor(oracle, waves, truth)
+    assert min(figures[k] for k in ("agree", "equivariance", "fork", "follows_key", "exact", "fifth")) > 0.999
+    assert figures["follows_offset"] < 0.4 and "SHORTCUT" not in verdict(figures) and len(truth.unique()) > 10
+    assert torch.equal(key_signature(key_phase(oracle, waves[:, 0])[0], calibrate(oracle)), truth)
+
+
+def test_a_y_that_stands_still_or_follows_the_crop_alone_is_called_a_shortcut_and_nan_is_not_praised(known):
+    crop_only, still = Oracle(known[2][:0], []), Oracle(known[2][:0], [])
+    still.pitch = lambda waves, offsets=(8,): torch.eye(12)[[3]].expand(len(offsets), len(waves), 12)
+    crop_only, still = (monitor(oracle, *known[:2]) for oracle in (crop_only, still))
+    assert crop_only["follows_offset"] > 0.999 and still["fork"] < 0.3 and still["equivariance"] < 0.3
+    for figures in (crop_only, still, dict.fromkeys(mt2.MONITOR, math.nan)):
+        assert "SHORTCUT" in verdict(figures)
+
+
+# ---- The loop --------------------------------------------------------------------------------------------
+
+def log_of(run):
+    """log.csv without its last column, the speed; all lines whole, all steps there, none twice."""
+    header, *rows = (Path(run) / "log.csv").read_text().splitlines()
+    assert header == "step,loss,nt_xent,cpsd,lr,tracks_per_s"
+    rows = np.array([[float(x) for x in row.split(",")] for row in rows])
+    assert rows.shape[1] == 6 and rows[:, 0].tolist() == list(range(1, len(rows) + 1))
+    return rows[:, :5]
+
+
+def weights(run):
+    return torch.load(Path(run) / "model.pt", weights_only=True)["model"]
+
+
+def assert_equal_runs(run, other):
+    np.testing.assert_allclose(log_of(run), log_of(other), rtol=1e-5, atol=1e-6)
+    assert_close(weights(run), weights(other), rtol=1e-5, atol=1e-6)
+    assert (run / "monitor.csv").read_text() == (other / "monitor.csv").read_text()
+    assert set(files_of(run)) == {"model.pt", "state.pt", "log.csv", "monitor.csv"}
+
+
+def files_of(folder):
+    return {f.name: f.read_bytes() for f in Path(folder).iterdir()}
+
+
+def at_step(patch, change):
+    """Calls change(n, batch) before the n-th loss from now: it may raise, kill, or return another batch."""
+    real, calls = mt2.losses, []
+
+    def losses(net, batch, *rest):
+        calls.append(1)
+        return real(net, change(len(calls), batch) or batch, *rest)
+    patch.setattr(mt2, "losses", losses)
+
+
+def interrupted(config, step, error=KeyboardInterrupt):
+    """Train until an exception before the n-th loss."""
+    def change(n, batch):
+        if n == step:
+            raise error
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error):
+        at_step(patch, change)
+        train(config)
+
+
+def nan_at(*steps):
+    return lambda n, batch: [x * math.nan for x in batch] if n in steps else None
+
+
+def python(*args, **more):
+    """Start another Python that finds mt2; -> the process."""
+    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.Popen([sys.executable, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **more)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run of 8 steps, saved after 3, 6 and 8."""
+    return train(tiny(tmp_path_factory.mktemp("runs") / "unbroken"))
+
+
+@pytest.mark.parametrize("tasks, inputs", VALID)
+def test_every_valid_model_trains_and_loads(tasks, inputs, tmp_path):
+    run = train(tiny(tmp_path, tasks=tasks, inputs=inputs, steps=1))
+    log = log_of(run)[0]
+    assert np.isfinite(log[1]) and np.isfinite(log[2:4]).tolist() == ["con" in tasks, "eq" in tasks]
+    assert load(run).class_tokens == tuple(tasks.split(","))
+
+
+def test_tune_trains_and_loads(tmp_path):
+    run = train(tiny(tmp_path, encoder="tune", expansion=0, steps=1, batch=2))
+    assert np.isfinite(log_of(run)[0, 2]) and load(run)(torch.zeros(1, 64000)).shape == (1, 64)
+
+
+def test_the_logs_say_what_happened(unbroken):
+    log, c = log_of(unbroken), tiny()
+    np.testing.assert_allclose(log[:, 1], log[:, 2] + 3 * log[:, 3], rtol=1e-4)
+    np.testing.assert_allclose(log[:, 4], [mt2.learning_rate(i, c) for i in range(8)], rtol=1e-4)
+    watched = [row.split(",")[0] for row in (unbroken / "monitor.csv").read_text().splitlines()]
+    assert watched == ["step", "3", "6", "8"]
+
+
+def test_the_learning_rate_rises_then_falls():
+    rates = [mt2.learning_rate(i, Config(steps=1000, warmup=50, lr=1.0)) for i in range(1000)]
+    assert 0.01 < rates[0] < 0.03 and 45 <= np.argmax(rates) <= 50 and max(rates) > 0.98
+    assert 0.045 < rates[-1] < 0.055 and np.all(np.diff(rates[50:]) < 0)
+
+
+def test_a_saved_model_loads_as_it_was_and_may_start_another_run(unbroken, tmp_path):
+    net = load(unbroken)
+    assert not net.training and load(unbroken / "model.pt")(noise(1, 64000)).y.isfinite().all()
+    assert all(torch.equal(value, weights(unbroken)[name]) for name, value in net.state_dict().items())
+    run = train(tiny(tmp_path / "next", init=str(unbroken), steps=1, lr=1e-9))
+    assert_close(dict(load(run).named_parameters()), dict(net.named_parameters()), rtol=1e-4, atol=1e-6)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        load(tmp_path / "nothing")
+
+
+def test_same_seed_same_run_other_seed_other_run_and_a_finished_run_is_left_alone(unbroken, tmp_path):
+    run, before = train(tiny(tmp_path / "same")), files_of(unbroken)
+    assert_equal_runs(run, unbroken)
+    assert abs(log_of(train(tiny(tmp_path / "other", seed=1, steps=1)))[0, 1] - log_of(run)[0, 1]) > 1e-3
+    assert train(tiny(unbroken)) == unbroken and files_of(unbroken) == before
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 8])
+def test_a_run_that_died_goes_on_as_if_unbroken(step, unbroken, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    interrupted(tiny(tmp_path), step)
+    given_back = signal.getsignal(signal.SIGINT) is handler
+    assert_equal_runs(train(tiny(tmp_path)), unbroken)
+    assert given_back
+
+
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 4), (signal.SIGINT, 6), (signal.SIGTERM, 8)])
+def test_a_signal_saves_and_ends_a_run_which_goes_on_as_if_unbroken(number, step, unbroken, tmp_path):
+    handler = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, lambda n, batch: os.kill(os.getpid(), number) if n == step else None)
+        try:
+            train(tiny(tmp_path))
+            assert step == 8  # the last one: nothing to go on with
+        except SystemExit as end:
+            assert end.code == 128 + number
+    assert len(log_of(tmp_path)) == step and signal.getsignal(number) is handler
+    assert_equal_runs(train(tiny(tmp_path)), unbroken)
+
+
+KILLED = FEW + """
+import json, os, sys
+count, replace = [], os.replace
+def kill(*args):
+    count.append(1)
+    if len(count) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    replace(*args)
+os.replace = kill
+mt2.train(mt2.Config(**json.loads(sys.argv[1])))
+"""
+
+
+def test_kill_9_during_a_save_leaves_a_run_that_goes_on_as_if_unbroken(unbroken, tmp_path):
+    moments = (3, 4, 8)  # os.replace puts log.csv and monitor.csv in place, then two files per save
+    runs = [python("-c", KILLED, json.dumps(TINY | {"out": str(tmp_path / str(i))}), i) for i in moments]
+    for i, run in zip(moments, runs):
+        run.communicate(timeout=100)
+        assert run.returncode == -signal.SIGKILL
+        assert_equal_runs(train(tiny(tmp_path / str(i))), unbroken)
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory):
+    """A folder of five good files and three that are not."""
+    root = tmp_path_factory.mktemp("songs")
+    for i in range(5):
+        soundfile.write(root / f"{i}.wav", 0.3 * tone([200 * (i + 1)], 5 + i)[0].numpy(), 16000)
+    soundfile.write(root / "2b nan.wav", np.full(90000, np.nan), 16000, subtype="FLOAT")
+    soundfile.write(root / "3b silent.wav", np.zeros(90000), 16000)
+    (root / "4b text.ogg").write_text("words")
+    return root
+
+
+def test_a_run_on_a_folder_that_died_goes_on_as_if_unbroken_with_or_without_workers(songs, tmp_path, capsys):
+    settings = dict(data=str(songs), easy=0, tasks="con")
+    whole = train(tiny(tmp_path / "whole", workers=0, **settings))
+    assert re.search(r"skipped \d.*(nan.wav|silent.wav|text.ogg)", "".join(capsys.readouterr()))
+    for workers in (0, 2):
+        config = tiny(tmp_path / str(workers), workers=workers, **settings)
+        interrupted(config, 6)
+        assert_equal_runs(train(config), whole)
+
+
+def test_ctrl_c_that_reaches_the_workers_too_costs_nothing(songs, tmp_path):
+    def interrupt(n, batch):
+        for worker in multiprocessing.active_children() if n == 2 else ():
+            os.kill(worker.pid, signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, interrupt)
+        assert len(log_of(train(tiny(tmp_path, workers=1, data=str(songs), easy=0, steps=12)))) == 12
+
+
+@pytest.mark.parametrize("name, other", [("lr", 0.5), ("steps", 9), ("dim", 48), ("tasks", "eq")])
+def test_a_folder_with_another_run_is_refused_with_both_values_and_untouched(name, other, unbroken):
+    before, theirs, mine = files_of(unbroken), getattr(tiny(), name), getattr(tiny(**{name: other}), name)
+    with pytest.raises(ValueError, match=name) as error:
+        train(tiny(unbroken, **{name: other}))
+    assert all(str(part) in str(error.value) for part in (unbroken, theirs, mine))
+    assert files_of(unbroken) == before
+
+
+class Hostile:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def foreign(kind, unbroken, trap):
+    """What somebody may find in a checkpoint's place."""
+    good, file = (unbroken / "state.pt").read_bytes(), trap.with_name("x")
+    content = {"config": dataclasses.asdict(tiny()), "model": Hostile(trap), "optimizer": {}, "step": 3}
+    if kind == "hostile pickle":
+        return pickle.dumps(content, protocol=2)
+    if kind in ("hostile zip", "other model"):
+        torch.save(content | ({"model": model(dim=48).state_dict()} if kind == "other model" else {}), file)
+        return file.read_bytes()
+    return {"cut": good[:len(good) // 2], "empty": b"", "text": b"hello", "zeros": bytes(len(good)),
+            "model.pt": (unbroken / "model.pt").read_bytes()}[kind]
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "zeros", "model.pt", "other model", "hostile zip",
+                                  "hostile pickle"])
+def test_a_foreign_checkpoint_is_refused_by_name_and_nothing_in_it_runs(kind, unbroken, tmp_path):
+    trap, run = tmp_path / "trap", tmp_path / "run"
+    data = foreign(kind, unbroken, trap)
+    for name, use in (("state.pt", lambda: train(tiny(run))), ("model.pt", lambda: load(run))):
+        if name == kind:
+            continue
+        run.mkdir(exist_ok=True)
+        (run / name).write_bytes(data)
+        before = files_of(run)
+        with pytest.raises(ValueError, match=re.escape(str(run / name))) as error:
+            use()
+        assert "\n" not in str(error.value) and not trap.exists() and files_of(run) == before
+
+
+def test_broken_copies_of_a_model_load_or_are_refused_in_one_line(unbroken, tmp_path):
+    for data in broken_copies((unbroken / "model.pt").read_bytes(), 80, seed=3):
+        (tmp_path / "model.pt").write_bytes(data)
+        try:
+            assert isinstance(load(tmp_path), MT2)
+        except ValueError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error)
+
+
+def disk_full(*args):
+    if len(args) == 2 and hasattr(args[1], "write"):  # torch.save: something has been written already
+        args[1].write(b"half")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["torch.save", "os.replace", "os.fsync"])
+def test_a_full_disk_leaves_the_last_save(what, unbroken, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        saved = {}
+
+        def fill(n, batch):
+            if n == 5:
+                saved.update({k: v for k, v in files_of(tmp_path).items() if k.endswith(".pt")})
+                patch.setattr(f"mt2.{what}", disk_full)
+        at_step(patch, fill)
+        with pytest.raises(OSError, match=r"\.pt: .*No space left.*$"):
+            train(tiny(tmp_path))
+    assert {k: v for k, v in files_of(tmp_path).items() if not k.endswith(".csv")} == saved
+    assert_equal_runs(train(tiny(tmp_path)), unbroken)
+
+
+@pytest.mark.parametrize("more", [{}, dict(encoder="tune", expansion=0, batch=2)])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_said(more, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, nan_at(3))
+        run = train(tiny(tmp_path / "nan", steps=3, save_every=1, **more))
+    said = "".join(capsys.readouterr())
+    interrupted(tiny(tmp_path / "cut", steps=3, save_every=1, **more), 3)
+    assert_close(weights(run), weights(tmp_path / "cut"), rtol=0, atol=0)
+    assert re.search("step 3: .*not finite", said) and len(log_of(run)) == 3
+    assert torch.load(run / "state.pt", weights_only=True)["step"] == 3  # the last step counts as done
+
+
+def test_ten_broken_steps_in_a_row_stop_the_run_with_a_good_save(tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="ten"):
+        at_step(patch, nan_at(2, *range(7, 30)))
+        train(tiny(tmp_path, steps=30))
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] >= 6
+    assert load(tmp_path)(noise(1, 64000)).y.isfinite().all()
+
+
+def test_every_step_sees_a_whole_batch_whatever_the_pool(tmp_path):
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, lambda n, batch: sizes.append(len(batch[0])))
+        train(tiny(tmp_path, batch=5, pool=5, fresh=3, steps=3))
+    assert sizes == [5, 5, 5]
+
+
+def test_sixty_steps_of_a_tiny_model_learn_key_and_no_shortcut(tmp_path):
+    net = dict(tasks="eq", dim=48, heads=3)
+    run = train(tiny(tmp_path, **net, frames=8, batch=128, pool=512, steps=60, save_every=60, warmup=10,
+                     lr=8e-3, easy=0.5))
+    falling = log_of(run)[:, 3]
+    assert 2.9 < falling[:5].mean() < 3.1 and falling[-10:].mean() < 2.4  # measured: 2.0 to 2.1
+    waves, labels = SyntheticMusic(22).batch(96, 0)
+    before, after = (monitor(net, waves, labels["key_signature"]) for net in (model(**net), load(run)))
+    assert before["follows_key"] < 0.3 and after["follows_key"] > 0.5 and after["follows_offset"] < 0.25
+    assert after["fork"] > 0.85 and after["equivariance"] > 0.7
+
+
+def centred_cpsd(net, logits, offset):
+    y_a, y_b = net.center(logits, offset).softmax(1).chunk(2)
+    return cpsd(y_a, y_b, offset[:len(y_a)] - offset[len(y_a):])
+
+
+TWO_RANKS = FEW + """
+import json, sys, torch, torch.distributed as dist
+import test_mt2
+seen, real = [], mt2.losses
+mt2.losses = lambda net, *rest: seen.append(net) or real(net, *rest)
+mt2.train(mt2.Config(**json.loads(sys.argv[1])))
+given = torch.load(sys.argv[2], weights_only=True)
+rank, net = dist.get_rank(), test_mt2.model().train()
+a, b, logits, offset = (given[k].chunk(2)[rank].clone() for k in ("a", "b", "logits", "offset"))
+inputs = [x.requires_grad_() for x in (a, b, logits)]
+losses = torch.stack([mt2.nt_xent(a, b), test_mt2.centred_cpsd(net, logits, offset)])
+result = {"losses": losses.detach(), "grads": torch.autograd.grad(losses.sum(), inputs)}
+torch.save(result | {"model": seen[0].state_dict()}, f"{sys.argv[2]}.{rank}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Two gloo processes train three steps and take both losses of their half of `given`."""
+    root = tmp_path_factory.mktemp("ranks")
+    given = dict(a=noise(10, 6), b=noise(10, 6, seed=1), logits=noise(40, 12), offset=torch.arange(40) % 3)
+    torch.save(given, root / "given")
+    (root / "script.py").write_text(TWO_RANKS)
+    launch = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, root / "script.py",
+                    json.dumps(TINY | {"out": str(root / "run"), "steps": 3}), root / "given")
+    said, errors = launch.communicate(timeout=100)
+    assert launch.returncode == 0, errors
+    ranks = [torch.load(f"{root}/given.{rank}", weights_only=True) for rank in (0, 1)]
+    return root / "run", given, ranks, said, errors
+
+
+def test_two_ranks_write_one_run_and_end_with_equal_weights(two_ranks):
+    run, _, ranks, said, errors = two_ranks
+    assert len(log_of(run)) == 3 and set(files_of(run)) == {"model.pt", "state.pt", "log.csv", "monitor.csv"}
+    for rank in ranks:
+        assert_close(rank["model"], weights(run), rtol=0, atol=0)
+    assert said.count("parameters") == 1 and not re.search("Traceback|Warning|Error", errors)
+
+
+def test_losses_of_two_ranks_equal_one_process_in_value_and_gradient(two_ranks):
+    _, given, ranks, _, _ = two_ranks
+    inputs = [given[k].requires_grad_() for k in ("a", "b", "logits")]
+    # one process sees the halves as two ranks did: each half is its own A and B
+    order = torch.arange(40).view(2, 2, 10).transpose(0, 1).flatten()
+    whole = nt_xent(*inputs[:2]), centred_cpsd(model().train(), inputs[2][order], given["offset"][order])
+    for i, expected in enumerate(torch.autograd.grad(sum(whole), inputs)):
+        mine = torch.cat([rank["grads"][i] for rank in ranks]) / 2  # the loop takes the mean over ranks
+        assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+    assert_close(sum(rank["losses"] for rank in ranks) / 2, torch.stack(whole).detach())
+
+
+# ---- The command line ------------------------------------------------------------------------------------
+
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--out=run"]
+BAD = ["--steps 0", "--steps many", "--batch 1", "--size huge", "--tasks key", "--tasks con,eq",
+       "--tasks=", "--inputs cqt", "--inputs mel --tasks eq", "--inputs wave --tasks con",
+       "--encoder cnn", "--expansion 5", "--device tpu", "--dim 100 --heads 3", "--heads 0", "--dim 0",
+       "--depth 0", "--frames 127", "--fresh 0", "--fresh 4000", "--pool 3", "--temperature 0",
+       "--temperature nan", "--lr -1", "--lr nan", "--lr inf", "--eq-weight nan", "--eq-weight -1",
+       "--eq-db -1", "--easy 0.9", "--easy -1", "--gap -1", "--gap inf", "--seed -1",
+       "--seed 99999999999999999999", "--workers -2", "--warmup 0", "--save-every 0", "--proj-dim 0",
+       "--hide-mel 2", "--data missing", "--data empty", "--out file", "--out file/run", "--init missing",
+       "--colour red"]
+
+
+def run_main(patch, capsys, *flags):
+    """mt2.main in this process -> its exit status, and what it leaves on stderr beside the progress bar."""
+    patch.setattr(sys, "argv", ["mt2.py", *map(str, flags)])
+    try:
+        code = mt2.main() or 0
+    except SystemExit as end:
+        code = end.code or 0
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines += code.splitlines() if isinstance(code, str) else []
+    return code, [line for line in lines if line.strip("\x1b[A ") and "step/s" not in line]
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_a_bad_flag_gets_one_line_that_names_it(flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("file").write_text("precious")
+    code, lines = run_main(monkeypatch, capsys, *FLAGS, *flags.split())
+    flag, value = re.split("[ =]", flags)[:2]
+    assert code != 0 and len(lines) == 1, lines
+    assert flag in lines[0] or flag in ("--data", "--init") and value in lines[0]
+    assert Path("file").read_text() == "precious" and {p.name for p in Path().iterdir()} == {"empty", "file"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_with_nothing_usable_ends_in_one_line_that_says_why(workers, monkeypatch, capsys, tmp_path):
+    (tmp_path / "words.wav").write_text("words")
+    flags = FLAGS + ["--out", tmp_path / "run", "--data", tmp_path, "--workers", workers]
+    code, lines = run_main(monkeypatch, capsys, *flags)
+    assert code != 0 and len(lines) == 1 and str(tmp_path) in lines[0] and "can be used" in lines[0], lines
+
+
+def test_help_names_every_field(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mt2.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        mt2.main()
+    said, fields = capsys.readouterr().out, dataclasses.fields(Config)
+    assert end.value.code == 0 and all(f"--{f.name.replace('_', '-')} " in said for f in fields)
+
+
+def test_the_command_trains_on_odd_names_says_what_it_does_and_refuses_in_one_line(songs, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")  # a name that is no text
+    Path(odd).write_text("words")
+    (tmp_path / "good.wav").write_bytes((songs / "0.wav").read_bytes())
+    first = python(HERE / "mt2.py", *FLAGS, "--data", ".", "--easy", 0, "--tasks", "con", cwd=tmp_path)
+    second = python(HERE / "mt2.py", "--batch", "1", cwd=tmp_path)
+    said, errors = first.communicate(timeout=100)
+    assert first.returncode == 0 and "Traceback" not in errors, errors
+    assert all(part in said for part in ("parameters", "nt_xent 1.95", "skipped 1", "caf"))
+    assert len(log_of(tmp_path / "run")) == 8
+    said, errors = second.communicate(timeout=100)
+    assert second.returncode == 1 and said == "" and re.fullmatch("mt2: --batch 1: .*\n", errors)
+
+
+# ---- Benchmark: python test_mt2.py -----------------------------------------------------------------------
+
+def race(title, runners, repeats=9):
+    """Time runners {name: function} in turns, so that all meet the same machine; print and return medians."""
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds = {name: [] for name in runners}
+    for i in range(repeats + 1):  # the first round warms up
+        for name, run in runners.items():
+            sync()
+            begin = time.perf_counter()
+            run()
+            sync()
+            seconds[name] += [time.perf_counter() - begin] if i else []
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    first = next(iter(medians.values()))
+    print(f"\n{title}")
+    for name, median in medians.items():
+        print(f"  {name:34} {1000 * median:10.2f} ms   x {median / first:.2f}", flush=True)
+    return medians
+
+
+def installed(module):
+    """The module, or None and a note."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        print(f"\nwithout {module}: {error}")
+
+
+def benchmark_vqt(device):
+    wave = noise(32, 64000).to(device)
+    runners = {"mt2.VQT": VQT().to(device)}
+    settings = dict(sr=16000, hop_length=512, fmin=27.5, n_bins=99, bins_per_octave=12, verbose=False)
+    for name in ("CQT1992v2", "CQT2010v2", "VQT"):
+        if found := installed("nnAudio.features." + name[:3].lower()):
+            runners[f"nnAudio {name}"] = getattr(found, name)(**settings).to(device)
+    calls = {name: lambda f=f: f(wave) for name, f in runners.items()}
+    if librosa := installed("librosa"):
+        settings = dict(sr=16000, hop_length=512, fmin=27.5, n_bins=96, gamma=0)  # it refuses bins near 8 kHz
+        calls["librosa.vqt, 96 bins"] = lambda: librosa.vqt(wave.cpu().numpy(), **settings)
+    with torch.no_grad():
+        race("VQT of 32 clips of 4 s, 99 bins", calls, repeats=3)
+
+
+def benchmark_losses(device):
+    lightly, metric = installed("lightly.loss"), installed("pytorch_metric_learning.losses")
+    for B in (128, 512, 1024, 4096):
+        a, b = (noise(B, 128, seed=s).to(device).requires_grad_() for s in (0, 1))
+        losses = {"mt2.nt_xent": lambda a, b: nt_xent(a, b, 0.1), "naive formula": autograd_nt_xent}
+        if lightly:
+            losses["lightly NTXentLoss"] = lightly.NTXentLoss(temperature=0.1)
+        if metric and B == 128:  # it lists every negative pair: minutes at 512
+            labels = torch.arange(B, device=device).repeat(2)
+            losses["pytorch-metric-learning"] = lambda a, b: metric.NTXentLoss(0.1)(torch.cat([a, b]), labels)
+        calls = {name: lambda f=f: torch.autograd.grad(f(a, b), (a, b)) for name, f in losses.items()}
+        race(f"NT-Xent forward and backward, B = {B}, width 128", calls, repeats=3 if B > 2000 else 7)
+    y_a, y_b = (noise(128, 12, seed=s).to(device).requires_grad_() for s in (0, 1))
+    k = torch.arange(128, device=device) % 12
+    calls = {name: lambda f=f: torch.autograd.grad(f(y_a.softmax(1), y_b.softmax(1), k), (y_a, y_b))
+             for name, f in (("mt2.cpsd", cpsd), ("complex numbers", complex_cpsd))}
+    race("CPSD forward and backward, B = 128", calls, repeats=99)
+
+
+def benchmark_step(device):
+    """A training step without its data, as a share of the machine's own matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+    n = 8192 if device.type == "cuda" else 2048
+    square = torch.randn(n, n, device=device)
+    calls = {str(m.dtype)[6:]: lambda m=m: m @ m for m in (square, square.bfloat16())}
+    rates = {name: 2 * n ** 3 / s for name, s in race(f"matrix product {n} x {n}", calls).items()}
+    print("  " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items()))
+    with mt2.autocast(device):
+        used = str((square[:2] @ square).dtype)[6:]
+    for size, batch in (("demo", 128), ("paper", 16)):
+        torch.manual_seed(0)
+        net = MT2(Config(size=size)).to(device).train()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=device.type != "mps")
+        data = [(20 * torch.randn(batch, 2, 126, bins, device=device) - 60).half() for bins in (128, 99)]
+
+        def step():
+            optimizer.zero_grad()
+            terms = mt2.losses(net, data, seeded(0))
+            (terms["nt_xent"] + 3 * terms["cpsd"]).backward()
+            optimizer.step()
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flop = counter.get_total_flops()
+        seconds = race(f"training step, {size}, batch {batch}", {"losses, backward, AdamW": step}, repeats=5)
+        rate = flop / list(seconds.values())[0]
+        print(f"  {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s: {rate / rates[used]:.0%} of the "
+              f"{used} matrix product; {batch * rate / flop:,.0f} tracks/s")
+
+
+def benchmark():
+    device = mt2.pick_device("auto")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; x: times the first")
+    benchmark_vqt(device)
+    benchmark_losses(device)
+    benchmark_step(device)
+
+
+if __name__ == "__main__":
+    benchmark()
