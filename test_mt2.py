@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import mt2
+import probe
 from mt2 import (MT2, VQT, AudioFolder, Config, SyntheticMusic, TUNe, calibrate, cpsd, crop, key_phase,
                  key_signature, load, monitor, nt_xent, train, unit_range, verdict)
 
@@ -962,6 +963,152 @@ def test_the_command_trains_on_odd_names_says_what_it_does_and_refuses_in_one_li
     assert len(log_of(tmp_path / "run")) == 8
     said, errors = second.communicate(timeout=100)
     assert second.returncode == 1 and said == "" and re.fullmatch("mt2: --batch 1: .*\n", errors)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# probe.py
+# ---------------------------------------------------------------------------------------------------------
+
+def probe_main(capsys, *words):
+    """-> what `python probe.py WORDS` prints, or, where it refuses, its one line."""
+    try:
+        probe.main([*map(str, words)])
+    except SystemExit as end:
+        assert isinstance(end.code, str) and "\n" not in end.code and end.code.startswith("probe: "), end.code
+        capsys.readouterr()
+        return end.code
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A tiny model that was hardly trained, and three songs of eight seconds."""
+    root = tmp_path_factory.mktemp("probe")
+    train(tiny(root / "run", steps=1))
+    waves, labels = SyntheticMusic(5).batch(6, 0)
+    for i, pair in enumerate(waves):
+        soundfile.write(root / f"song{i}.wav", pair.flatten().numpy(), 16000)
+    return root
+
+
+def test_probes_at_once_equal_probes_one_by_one_and_the_optimum():
+    x, y = noise(3, 90, 5).double(), F.one_hot(torch.arange(90) % 4, 4).double()
+    together = probe.fit(x, y, False, l2=(0.01, 0.1), steps=400)
+    for g in range(3):
+        for k, l2 in enumerate((0.01, 0.1)):
+            torch.testing.assert_close(together[g, k], probe.fit(x[g:g + 1], y, False, l2=(l2,), steps=400)[0, 0])
+            w = together[g, k].clone().requires_grad_()
+            loss = -(y * (x[g] @ w[:-1] + w[-1]).log_softmax(-1)).sum(-1).mean() + l2 / 2 * w[:-1].square().sum()
+            assert torch.autograd.grad(loss, w)[0].abs().max() < 1e-5  # nothing is left to gain
+
+
+def test_a_probe_finds_what_was_planted_and_nothing_in_noise():
+    y = torch.arange(600) % 3
+    x = noise(2, 600, 8)
+    x[1, :, 2] += 4 * y  # the second of two feature sets tells the class
+    target = F.one_hot(y, 3).float()
+    predict, loss, _ = probe.probe(x[:, :300], target[:300], x[:, 300:450], target[300:450], False)
+    right = (predict(x[:, 450:]).argmax(-1) == y[450:]).float().mean(1)
+    assert right[0] < 0.5 and right[1] > 0.8 and loss[1] < loss[0]
+
+
+def test_average_precision_and_auc_equal_scikit_learn_with_ties_and_skip_absent_tags():
+    truth = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0]])
+    said = np.array([[.9, .2, .5, .1], [.9, .8, .5, .2], [.3, .8, .1, .3], [.3, .1, .5, .4], [.7, .2, .5, .5], [.1, .2, .9, .6]])
+    precision, auc = [0.588888889, 0.866666667, 0.85], [0.666666667, 0.888888889, 0.8125]  # by scikit-learn
+    for c in range(3):
+        assert probe.ranking(truth[:, [c]], said[:, [c]]) == pytest.approx({"map": precision[c], "roc_auc": auc[c]})
+    together = {"map": np.mean(precision), "roc_auc": np.mean(auc)}  # the last column has no positive
+    assert probe.ranking(truth, said) == pytest.approx(together)
+
+
+def test_tempo_counts_octave_errors_only_in_acc2():
+    scores = probe.tempo_accuracy(np.array([100., 100, 100, 100]), np.array([103., 200, 33, 70]))
+    assert scores == {"acc1": 0.25, "acc2": 0.75}
+
+
+def test_chord_labels_fold_to_major_minor_and_none():
+    assert [probe.chord_class(c) for c in ("C:maj", "A:min7", "Db", "N", "B:dim")] == [0, 21, 1, 24, -1]
+    with pytest.raises(ValueError, match="H:dur"):
+        probe.chord_class("H:dur")
+
+
+def test_the_table_on_generated_music_has_every_task_and_its_references(small_run, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "COUNTS", (50, 50, 50))
+    monkeypatch.setattr(probe, "LOCAL", (50, 50, 50))
+    said = probe_main(capsys, small_run / "run", "--out", small_run / "out")
+    rows = json.loads((small_run / "out" / "results.json").read_text())
+    assert {"encoder", "task", "readout", "layer", "metric", "value", "n_train", "n_test"} <= rows[0].keys()
+    assert {r["task"] for r in rows} == {"key", "key_signature", "instrument", "tempo", "chord", "beat", "onset"}
+    mine = {(r["readout"], r["layer"]) for r in rows if r["task"] == "key" and r["encoder"].endswith("run")}
+    assert mine == {(readout, layer) for readout in probe.READOUTS for layer in (0, 1)}
+    assert all(name in said for name in ("untrained", "log-mel", "chroma", "flux"))
+    assert (small_run / "out" / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, capsys):
+    soundfile.write(small_run / "short.wav", 0.5 * tone([440], 1)[0].numpy(), 16000)
+    songs = [f"song{i}.wav" for i in range(6)] + ["short.wav"]
+    lines = [f"{s},{'C major' if i % 2 else 'A minor'},{'loud|fast' if i % 2 else 'slow'},{'test' if i > 3 else 'train'}"
+             for i, s in enumerate(songs)]
+    (small_run / "good.csv").write_text("path,key,tags,split\n" + "\n".join(lines))
+    flags = "--data", small_run / "good.csv", "--out", small_run / "manifest"
+    said = probe_main(capsys, small_run / "run", "--task", "key,tags", *flags)
+    rows = json.loads((small_run / "manifest" / "results.json").read_text())
+    assert {r["metric"] for r in rows} == {"accuracy", "mirex", "map", "roc_auc"} and "key" in said
+    assert {(r["n_train"], r["n_test"]) for r in rows} == {(4, 3)}
+
+
+@pytest.mark.parametrize("name, text, task, expected", [
+    ("column", "path,key\nsong0.wav,C major", "mood", "no column 'mood'"),
+    ("missing", "path,key\nnowhere.wav,C major\nsong1.wav,A minor", "key", "missing"),
+    ("one class", "path,mood,split\nsong0.wav,sad,train\nsong1.wav,sad,train\nsong2.wav,sad,test", "mood", "one class"),
+    ("unseen", "path,mood,split\nsong0.wav,a,train\nsong1.wav,b,train\nsong2.wav,c,test", "mood", "not in train"),
+    ("no key", "path,key\nsong0.wav,H dur\nsong1.wav,C major", "key", "no key"),
+    ("empty lab", "path,chords\nsong0.wav,empty.lab\nsong1.wav,empty.lab", "chords", "empty.lab"),
+    ("late lab", "path,chords\nsong0.wav,late.lab\nsong1.wav,late.lab", "chords", "but the sound ends")])
+def test_a_bad_manifest_is_refused_in_one_line_and_nothing_is_written(small_run, capsys, name, text, task, expected):
+    (small_run / "empty.lab").write_text("")
+    (small_run / "late.lab").write_text("0.0\t99.0\tC:maj\n")
+    (small_run / "bad.csv").write_text(text)
+    out = small_run / "never"
+    said = probe_main(capsys, small_run / "run", "--data", small_run / "bad.csv", "--task", task, "--out", out)
+    assert said.startswith("probe: ") and expected in said and not out.exists()
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["key", "nowhere", "x.wav"], ["--encoder", "muq:nowhere"],
+                                   ["--encoder", "no_such_module:f"], ["--colour"], []])
+def test_probe_refuses_what_is_not_there_in_one_line(capsys, words):
+    assert probe_main(capsys, *words).startswith("probe: ")
+
+
+def test_any_callable_is_an_encoder(small_run, capsys, monkeypatch):
+    (small_run / "my_encoder.py").write_text(
+        "import torch\ndef layers(wave):\n    x = wave[:, :4000 * (wave.shape[1] // 4000)].unflatten(1, (-1, 4000))\n"
+        "    return [x[..., :8].abs(), x[..., :4]]\nlayers.rate = 8000\n")
+    monkeypatch.syspath_prepend(small_run)
+    monkeypatch.setattr(probe, "COUNTS", (50, 50, 50))
+    monkeypatch.setattr(probe, "LOCAL", (50, 50, 50))
+    out = small_run / "foreign"
+    probe_main(capsys, "--encoder", "my_encoder:layers", "--task", "key,chord", "--out", out)
+    rows = [r for r in json.loads((out / "results.json").read_text()) if r["encoder"] == "my_encoder:layers"]
+    assert {(r["task"], r["readout"], r["layer"]) for r in rows} == {
+        ("key", "seq_avg", 0), ("key", "seq_avg", 1), ("chord", "seq", 0), ("chord", "seq", 1)}
+
+
+def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
+    said = probe_main(capsys, "key", small_run / "run", small_run / "song0.wav", small_run / "song1.wav", "--csv")
+    lines = said.strip().splitlines()
+    assert lines[0] == "file,major,minor,confidence" and len(lines) == 3 and "major" in lines[1]
+    probe_main(capsys, "embed", small_run / "run", small_run / "song0.wav", "--out", small_run / "f.npz")
+    found = np.load(small_run / "f.npz")
+    assert found["eq"].shape == (2, 2, 24) and found["times"].tolist() == [0, 4] and set(probe.READOUTS) <= set(found)
+    with torch.no_grad():
+        wave = torch.from_numpy(soundfile.read(small_run / "song0.wav", dtype="float32")[0]).view(2, 64000)
+        layers = load(small_run / "run").layers(wave)
+    torch.testing.assert_close(torch.from_numpy(found["cls_avg"]), layers[:, :, :2].mean(2), rtol=1e-3, atol=1e-4)
+    probe_main(capsys, "figures", small_run / "run", small_run / "song0.wav", "--out", small_run / "fig")
+    assert {p.name for p in (small_run / "fig").iterdir()} == {"ssm.png", "attention.png", "circle.png"}
 
 
 # ---- Benchmark: python test_mt2.py -----------------------------------------------------------------------

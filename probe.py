@@ -1,0 +1,774 @@
+"""probe.py: what a frozen model knows, task by task, readout by readout, layer by layer.
+
+    python probe.py RUN...                                     # linear probes on generated music, no download
+    python probe.py RUN --data manifest.csv --task key,chords  # on your own labelled music
+    python probe.py --encoder muq:FOLDER                       # any other frozen encoder, the same code
+    python probe.py key | embed | figures RUN FILE...          # key signatures, features, pictures of songs
+    python probe.py ablation --steps 400                       # two class tokens in one model, or two models?
+
+A probe is one linear layer on standardised frozen features. Its score means something only above the
+references in its table: the same network untrained, log-mel statistics, VQT chroma. The file reads from
+readouts to probes, tasks and metrics, data, the study, figures and commands.
+"""
+import argparse
+import csv
+import importlib
+import io
+import json
+import math
+import os
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchaudio.functional import resample
+from tqdm import tqdm
+
+import mt2
+from mt2 import HOP, SAMPLE_RATE, SAMPLES, SECONDS
+
+READOUTS = ("eq", "con", "cls_avg", "seq_avg", "all_avg")  # of a clip; frame tasks read its sequence tokens
+HOP_S = HOP / SAMPLE_RATE  # 32 ms
+PITCHES, MINORS = "C Db D Eb E F Gb G Ab A Bb B".split(), "C C# D Eb E F F# G G# A Bb B".split()  # usual spellings
+KEYS = [f"{p} major" for p in PITCHES] + [f"{p} minor" for p in MINORS]
+CHORDS = [f"{p}:maj" for p in PITCHES] + [f"{p}:min" for p in PITCHES] + ["N"]
+
+def need(good, message):
+    """ValueError with a one-line message for the user, unless all is good."""
+    if not good:
+        raise ValueError(message)
+
+# ---- Readouts. A system: waves [B, T] at 16 kHz -> {readout: [layers, B, D], of frames [layers, B, 126, D]}
+
+def readouts(layers, class_tokens=(), edge=0):
+    """Layers, each [B, n_cls + frames_l, dim_l] -> READOUTS [layers, B, dim] and "seq" [layers, B, 126, dim].
+
+    Sequences are averaged or repeated to 126 frames, of which the encoder misses `edge` at either end. Narrow
+    layers end in zeros. A single class token has no cls_avg, and without any there is only seq_avg."""
+    n, dim, clips, seq = len(class_tokens), max(x.shape[-1] for x in layers), [], []
+    for x in layers:
+        found = dict(zip(class_tokens, x[:, :n].unbind(1)))
+        for name, tokens, least in (("cls_avg", x[:, :n], 2), ("seq_avg", x[:, n:], 0), ("all_avg", x, 1)):
+            if n >= least:
+                found[name] = tokens.mean(1)
+        clips.append(F.pad(torch.stack([*found.values()]).float(), (0, dim - x.shape[-1])))  # [r, B, dim]
+        frames = F.adaptive_avg_pool1d(x[:, n:].float().mT, mt2.FRAMES - 2 * edge)  # [B, dim_l, frames]
+        seq.append(F.pad(F.pad(frames, (edge, edge), mode="replicate").mT, (0, dim - x.shape[-1])))
+    return dict(zip(found, torch.stack(clips, 1)), seq=torch.stack(seq))
+
+def of_model(model, spectra):
+    """A system out of a model of mt2.py; `spectra` is the front end that all systems of a table share."""
+    if isinstance(model, mt2.TUNe):  # sees the middle 59,049 of 64,000 samples
+        return lambda wave: readouts(model.layers(wave), edge=5)
+    del model.front_end
+    model.front_end = spectra
+    return lambda wave: readouts(model.layers(wave), model.class_tokens)
+
+def attention(model, wave):
+    """Attention to frames by class tokens and, on average, by frames: {name: [blocks, B, heads, frames]}."""
+    inputs, n = [], len(model.class_tokens)
+    hooks = [b.register_forward_pre_hook(lambda block, x: inputs.append((block, *x))) for b in model.blocks]
+    model.layers(wave)  # all blocks with mel, then perhaps all of them without, for the equivariant token
+    [hook.remove() for hook in hooks]
+    maps = torch.stack([block.attention(x)[..., n:] for block, x in inputs]).unflatten(0, (-1, len(hooks)))
+    paid = {name: maps[-(name == "eq"), ..., i, :] for i, name in enumerate(model.class_tokens)}
+    return paid | {"seq": maps[0, ..., n:, :].mean(3)}
+
+def of_attention(model):
+    """Emergent onsets: the rise of the attention to a frame, {name: [blocks x heads, B, frames, 1]}."""
+    rise = lambda x: F.pad(x.diff(dim=-1).clamp_min(0), (1, 0)).transpose(1, 2).flatten(0, 1)[..., None]
+    return lambda wave: {name: rise(x) for name, x in attention(model, wave).items()}
+
+def of_spectrum(name, spectra):
+    """Reference systems. log-mel, chroma: mean and std over a clip; frames t - 2, t, t + 2 for frame t.
+    flux: spectral flux, the mean rise of the mel bands in dB, as an onset curve."""
+    def read(wave):
+        mel, vqt = spectra(wave)
+        if name == "flux":
+            return {"curve": F.pad(mel.diff(dim=1).clamp_min(0).mean(2), (1, 0))[None, ..., None]}
+        octave = (10 ** (vqt[..., :84] / 20)).unflatten(2, (7, 12)).sum(2)  # [B, frames, 12]
+        octave = octave / octave.amax((1, 2), keepdim=True)
+        x = octave if name == "chroma" else mt2.unit_range(mel)
+        near = F.pad(x.mT, (2, 2), mode="replicate").mT.unfold(1, 5, 1)[..., ::2].flatten(2)
+        return {"mean+std": torch.cat([x.mean(1), x.std(1)], -1)[None], "seq": near[None]}
+    return read
+
+def of_package(spec, device, download=False, trust=False):
+    """A system out of muq:FOLDER, mert:FOLDER, musicfm:FOLDER or module:callable, which takes waves [B, T] at
+    its own `.rate`, else 16 kHz, and gives a list of [B, frames, dim]. ValueError whatever goes wrong."""
+    kind, _, where = spec.partition(":")
+    fix = {"muq": "pip install muq 'transformers<5'", "mert": "pip install transformers",
+           "musicfm": "put github.com/minzwon/musicfm on PYTHONPATH"}.get(kind)
+    need(where, f"--encoder {spec}: write muq:FOLDER, mert:FOLDER, musicfm:FOLDER or module:callable")
+    if fix and not download:
+        need(Path(where).is_dir(), f"--encoder {spec}: no such folder; or add --download to fetch it by name")
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        rate, layers = 24000, lambda wave: model(wave, output_hidden_states=True).hidden_states
+        if kind == "muq":
+            from muq import MuQ
+            model = MuQ.from_pretrained(where).to(device).eval()
+        elif kind == "mert":
+            from transformers import AutoModel, Wav2Vec2FeatureExtractor
+            model = AutoModel.from_pretrained(where, trust_remote_code=trust).to(device).eval()
+            scale = Wav2Vec2FeatureExtractor.from_pretrained(where)
+            rate, scaled = scale.sampling_rate, lambda x: scale(x, sampling_rate=rate)["input_values"]
+            layers = lambda wave: model(torch.as_tensor(np.stack(scaled([*wave.cpu().numpy()]))).to(wave),
+                                        output_hidden_states=True).hidden_states
+        elif kind == "musicfm":
+            from musicfm.model.musicfm_25hz import MusicFM25Hz
+            stats, weights = (str(min(Path(where).glob(name))) for name in ("*stats*.json", "*.pt"))
+            model = MusicFM25Hz(is_flash=False, stat_path=stats, model_path=weights).to(device).eval()
+            layers = lambda wave: model.get_predictions(wave)[1]
+        else:
+            layers = getattr(importlib.import_module(kind), where)
+            rate = getattr(layers, "rate", SAMPLE_RATE)
+        read = lambda wave: readouts(layers(resample(wave, SAMPLE_RATE, rate)))
+        with torch.no_grad():
+            read(torch.zeros(2, SAMPLES, device=device))
+        return read
+    except Exception as error:  # foreign code raises anything
+        missing = isinstance(error, ImportError)
+        fix = fix or "put its module on PYTHONPATH" if missing else "it must give a list of [B, frames, dim]"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise ValueError(f"--encoder {spec}: {reason}; {fix}") from None
+
+# ---- Probes: one linear layer for each layer x readout x strength of weight decay, all in one computation
+L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+MAX_ROWS = 8000  # frames that a probe is trained on
+
+def activate(logits, multi):
+    """Logits [..., C] -> probabilities: of independent tags if `multi`, else of exclusive classes."""
+    return logits.sigmoid() if multi else logits.softmax(-1)
+
+def cross_entropy(logits, y, multi):
+    """Logits [..., N, C] and targets [N, C] -> mean over the rows (and over the tags) [...]."""
+    loss = (F.softplus(logits) - y * logits).mean(-1) if multi else -(y * logits.log_softmax(-1)).sum(-1)
+    return loss.mean(-1)
+
+def fit(x, y, multi, l2=L2, steps=40):
+    """Features x [G, N, D], targets y [N, C] -> weights [G, K, D + 1, C], bias last, for strengths l2 [K].
+
+    Full-batch logistic regression without learning rate or random start. Boehning's bound: the Hessian is at
+    most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots.
+    With Nesterov's momentum 40 such steps are enough."""
+    x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    (G, N, D), K, C = x.shape, len(l2), y.shape[1]
+    decay = torch.tensor(l2, device=x.device)[:, None].repeat(1, D)
+    decay[:, -1] = 1e-6  # the bias is free
+    bound = (0.25 if multi else 0.5) * (x.mT @ x / N)[:, None] + torch.diag_embed(decay)  # [G, K, D, D]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))
+    w = ahead = x.new_zeros(G, K, D, C)
+    for step in range(steps):
+        logits = (x @ ahead.transpose(1, 2).flatten(2)).unflatten(2, (K, C))  # [G, N, K, C]
+        error = (activate(logits, multi) - y[:, None]).flatten(2)  # [G, N, K C]
+        grad = (x.mT @ error / N).unflatten(2, (K, C)).transpose(1, 2) + decay[..., None] * ahead
+        last, w = w, ahead - inverse @ grad
+        ahead = w + step / (step + 3) * (w - last)
+    return w
+
+def probe(x, y, held_x, held_y, multi, mix=False):
+    """Train on x [G, N, D], y [N, C] -> (function: features [G, M, D] to logits [G, M, C]), held-out [G].
+
+    Standardised by the training rows; each probe has the decay that is best on the held-out rows.
+    mix: one probe (logits [1, M, C]) on a learned mixture of the G layers, and its softmax weights [G]."""
+    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    std = torch.where(std > 1e-6, std, torch.inf)  # what never changes says nothing
+    if not mix:
+        w = fit((x - mean) / std, y, multi)
+        logits = ((held_x - mean) / std)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C]
+        loss, best = cross_entropy(logits, held_y, multi).min(1)
+        w = w[torch.arange(len(w)), best]
+        return lambda x: (x - mean) / std @ w[:, :-1] + w[:, -1:], loss, None
+    shapes = (len(x), 1, 1), (x.shape[2], y.shape[1]), (y.shape[1],)
+    share, w, b = params = [torch.zeros(shape, device=x.device, requires_grad=True) for shape in shapes]
+    predict = lambda x: ((share.softmax(0) * ((x - mean) / std)).sum(0) @ w + b)[None]
+    # 20 iterations: from then on the shares fit noise until one layer takes all, and scores fall
+    optimizer = torch.optim.LBFGS(params, max_iter=20, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        total = cross_entropy(predict(x), y, multi).sum() + 0.005 * w.square().sum()
+        total.backward()
+        return total
+    optimizer.step(loss)
+    with torch.no_grad():
+        return predict, cross_entropy(predict(held_x), held_y, multi), share.softmax(0).flatten()
+
+# ---- Tasks: targets for the probe and a metric for what it says, mir_eval's where it has one
+KINDS = dict(key="key", tempo="tempo", bpm="tempo", chord="chord", chords="chord", beat="beat", beats="beat",
+             onset="onset", onsets="onset", tags="tags")  # any other name is a column of classes
+
+class Task(NamedTuple):
+    """What to predict, and how well it was done."""
+    y: torch.Tensor      # targets [files, C] or, per frame, [windows, frames, C]; NaN without label
+    owner: torch.Tensor  # [windows] the file of each
+    score: Callable      # (probabilities like y, test files, validation files) -> {metric: value}
+    multi: bool = False  # C independent tags, not exclusive classes
+
+def ranking(truth, scores):
+    """Truth of 0 and 1, scores [N, C] -> average precision and area under the ROC curve, means over the
+    columns that hold both positives and negatives. Ties enter together, and count half."""
+    ap, auc, mean = [], [], lambda v: float(np.mean(v)) if v else math.nan
+    for t, s in zip(truth.T, scores.T):
+        order, n = np.argsort(-s), t.sum()
+        if 0 < n < len(t):
+            last = np.append(np.diff(s[order]) != 0, True)  # the last of each group of ties
+            hits, ranks = np.cumsum(t[order])[last], np.flatnonzero(last) + 1
+            ap.append((np.diff(hits, prepend=0) * hits / ranks).sum() / n)
+            hits, ranks = np.append(0, hits), np.append(0, ranks)  # the ROC curve: misses against hits
+            auc.append(((hits[1:] + hits[:-1]) / 2 * np.diff(ranks - hits)).sum() / (n * (len(t) - n)))
+    return {"map": mean(ap), "roc_auc": mean(auc)}
+
+def tempo_accuracy(truth, estimate):
+    """BPM [N] twice -> Acc1, within 4 %; Acc2, where half, third, double and triple tempo count as well."""
+    near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]
+    return {"acc1": float(near[0].mean()), "acc2": float(np.any(near, 0).mean())}
+
+def chord_class(label):
+    """Chord label (Harte) -> index into CHORDS; -1: neither major nor minor nor N. ValueError."""
+    import mir_eval
+    try:
+        root, notes, _ = mir_eval.chord.encode(label, reduce_extended_chords=True)
+    except mir_eval.chord.InvalidChordException:
+        raise ValueError(f"'{label}' is no chord; write C:maj, A:min, N") from None
+    third = {"10001001": 0, "10010001": 12}.get("".join(str(int(n)) for n in notes[:8]))
+    return 24 if label == "N" else -1 if third is None else int(root) + third
+
+def clip_task(name, truth, owner):
+    """Truth, one per file, None if not labelled: a class, an index into KEYS, BPM, or a set of tags."""
+    from mir_eval.key import weighted_score
+    kind, known = KINDS.get(name), [v for v in truth if v is not None]
+    tags = isinstance(known[0], set)
+    names = range(24) if kind == "key" else sorted(set().union(*known) if tags else set(known))
+    if kind == "tempo":  # classes 5 % apart: the nearest lies within 2.5 %
+        names = [names[0] * 1.05 ** i for i in range(2 + int(math.log(names[-1] / names[0], 1.05)))]
+    nearest = lambda v: min(names, key=lambda n: abs(n - v)) if kind == "tempo" else v
+    marks = lambda v: [float(n in v) for n in names] if tags else [float(n == v) for n in names]
+    y = torch.tensor([[math.nan] * len(names) if v is None else marks(nearest(v)) for v in truth])
+
+    def score(p, test, valid):
+        right, said = y[test].numpy(), p[test].numpy()
+        if tags:
+            return ranking(right, said)
+        right, said = right.argmax(1), said.argmax(1)
+        if kind == "tempo":
+            return tempo_accuracy(np.array([truth[i] for i in test]), np.array(names)[said])
+        scores = {"accuracy": float((right == said).mean())}
+        if kind == "key":
+            scores["mirex"] = float(np.mean([weighted_score(KEYS[a], KEYS[b]) for a, b in zip(right, said)]))
+        return scores
+    return Task(y, owner, score, tags)
+
+def chord_task(name, truth, owner, now):
+    """Truth: (intervals [n, 2] s, labels) per file. Windows: their files; times of their frames.
+
+    Metric: share of right frames among major and minor triads and N: mir_eval's majmin, frame by frame."""
+    index, classes = torch.full(now.shape, -1), {c: chord_class(c) for t in truth if t for c in t[1]}
+    for file in owner.unique().tolist():
+        for (begin, end), label in zip(*truth[file] or ((), ())):
+            index[(owner == file)[:, None] & (now >= begin) & (now < end)] = classes[label]
+    y = F.one_hot(index.clamp_min(0), len(CHORDS)).float().masked_fill(index[..., None] < 0, math.nan)
+
+    def score(p, test, valid):
+        known = torch.isin(owner, test)[:, None] & (index >= 0)
+        return {"majmin": (p.argmax(-1) == index)[known].float().mean().item()}
+    return Task(y, owner, score)
+
+def peaks(curve):
+    """Where curves [n, frames] are highest within two frames on either side."""
+    return curve == F.max_pool1d(curve[:, None], 5, 1, 2)[:, 0]
+
+def event_task(name, truth, owner, now):
+    """Truth: times [n] in s per file. F-measure per file, beats within 70 ms, onsets within 50 ms."""
+    import mir_eval
+    f_measure = mir_eval.beat.f_measure if "beat" in name else lambda *a: mir_eval.onset.f_measure(*a)[0]
+    y = torch.zeros(*now.shape, 1)
+    for i, file in enumerate(owner.tolist()):
+        if truth[file] is None:
+            y[i] = math.nan
+        else:
+            frame = np.round((truth[file] - now[i, 0].item()) / HOP_S)
+            y[i, frame[(frame >= 0) & (frame < now.shape[1])].astype(int)] = 1
+
+    def score(p, test, valid):
+        p = p[:, :-1, 0]  # the last frame of a window is the first of the next
+        peak, held, values = peaks(p), torch.isin(owner, valid), []
+        heights = p[held][peak[held]].sort(descending=True).values
+        least = heights[min(int(y[held, :-1].sum()), len(heights)) - 1]  # as many peaks as `valid` has events
+        for file in (i for i in test.tolist() if len(truth[i])):
+            times = now[:, :-1][peak & (p >= least) & (owner == file)[:, None]]
+            values.append(f_measure(truth[file], times.numpy()))
+        return {"f_measure": float(np.mean(values)) if values else math.nan}
+    return Task(y, owner, score, multi=True)
+
+# ---- Data: generated music, sound files, manifests
+COUNTS, LOCAL = (800, 200, 400), (200, 100, 150)  # generated train, valid, test clips; for frame tasks
+LIMIT = 120.0  # seconds that are read of a file
+
+def generated(truth):
+    """Batches for `collect`; fills `truth` {task: labels, one per clip} on the way."""
+    for part, (n, local) in enumerate(zip(COUNTS, LOCAL)):
+        music = mt2.SyntheticMusic(1001 + part)  # training seeds start at 4096
+        for step in range(n // 50):
+            waves, labels = music.batch(50, step)
+            for task in ("key", "key_signature", "instrument", "tempo"):
+                truth.setdefault(task, []).extend(labels[task].tolist())
+            for chord, *events in zip(*(labels[k][:, 0].numpy() for k in ("chord", "beats", "onsets"))):
+                begin = np.arange(len(chord)) * HOP_S
+                spans = np.stack([begin, begin + HOP_S], 1), [CHORDS[c] for c in chord]
+                truth.setdefault("chord", []).append(spans)
+                for task, times in zip(("beat", "onset"), events):
+                    truth.setdefault(task, []).append(np.sort(times[times >= 0]))  # drops NaN
+            files = sum(COUNTS[:part]) + step * 50 + torch.arange(50)
+            yield waves[:, 0], files, torch.zeros(50), step * 50 < local
+
+def open_sound(path):
+    """-> soundfile.SoundFile, or ValueError."""
+    import soundfile
+    need(Path(path).is_file(), f"{path}: no such file")
+    try:
+        return soundfile.SoundFile(str(path))
+    except RuntimeError:
+        raise ValueError(f"{path}: not a sound file that can be read; give wav, flac, ogg or mp3") from None
+
+def cut(path):
+    """Sound file -> mono 16 kHz windows [n, 64000], one after another. ValueError, RuntimeError.
+
+    A rest shorter than a quarter of a window is dropped, unless it is all there is; others are padded."""
+    with open_sound(path) as file:
+        wave = file.read(int(LIMIT * file.samplerate), dtype="float32", always_2d=True).mean(1)
+        need(len(wave) and np.isfinite(wave).all(), f"{path}: holds no sound, or NaN or infinity; remove it")
+        wave = resample(torch.from_numpy(wave), file.samplerate, SAMPLE_RATE)
+    if len(wave) < SAMPLES:
+        tqdm.write(f"{path}: shorter than {SECONDS:g} s, padded with silence", file=sys.stderr)
+    count = max(1, math.ceil((len(wave) - SAMPLES // 4) / SAMPLES))
+    return F.pad(wave, (0, SAMPLES))[:count * SAMPLES].view(count, SAMPLES)
+
+def read_files(files, frames=True):
+    """Batches for `collect`, one per sound file."""
+    for i, file in enumerate(files):
+        waves = cut(file)
+        yield waves, torch.full((len(waves),), i), SECONDS * torch.arange(len(waves)), frames
+
+def parse(task, text, folder, seconds):
+    """A manifest's cell, of a sound of so many seconds -> what the tasks call truth. ValueError."""
+    from mir_eval.key import KEY_TO_SEMITONE
+    kind = KINDS.get(task, "tags" if "|" in text else "class")
+    if kind == "key":
+        tonic, _, mode = text.replace(":", " ").lower().partition(" ")
+        index = KEY_TO_SEMITONE.get(tonic), {"maj": 0, "min": 12}.get(mode.strip()[:3])
+        need(None not in index, f"'{text}' is no key like C major or F# minor")
+        return sum(index)
+    if kind == "tempo":
+        good = text.replace(".", "", 1).isdigit() and 10 <= float(text) <= 1000
+        need(good, f"'{text}' is not 10 to 1000 beats per minute")
+        return float(text)
+    if kind in ("chord", "beat", "onset"):
+        path, width = folder / text, 2 if kind == "chord" else 1
+        need(path.is_file(), f"{path}: no such label file; fix the column")
+        try:
+            rows = np.array([line.split()[:3] for line in path.read_text().splitlines() if line.strip()])
+            times, labels = rows[:, :width].astype(float), rows[:, 2] if kind == "chord" else ()
+            good = times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()
+        except (ValueError, IndexError):
+            good = False
+        need(good, f"{path}: empty or not labels; a line starts with {width} rising time(s) in seconds")
+        last = times.max()
+        need(last < seconds + 0.5, f"{path}: a label at {last:.2f} s, but the sound ends at {seconds:.2f} s")
+        need(all(chord_class(label) < 25 for label in set(labels)), "")  # raises for what is no chord
+        return (times, labels.tolist()) if kind == "chord" else times[:, 0]
+    return {tag.strip() for tag in text.split("|") if tag.strip()} if kind == "tags" else text
+
+def manifest(path, tasks, seed):
+    """-> files, {task: truth per file}, {task: (train, valid, test) file numbers}. ValueError or OSError for what
+    is wrong with it, before anything is computed."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path}: not a CSV text file") from None
+    columns, folder, truth, parts = list(map(str, rows[0])) if rows else [], Path(path).parent, {}, {}
+    for name in ("path", *tasks):
+        need(name in columns, f"{path}: no column '{name}'; there are: {', '.join(columns)}")
+    rows = [row for row in rows if any(row[task].strip() for task in tasks)]
+    files = [folder / row["path"] for row in rows]
+    lost = [str(file) for file in files if not file.is_file()]
+    need(not lost, f"{path}: {len(lost)} of {len(files)} files are missing, as {lost[:1]}; fix column 'path'")
+    order = np.random.default_rng(seed).permutation(len(rows))  # without a split a fifth is for testing
+    drawn = ["test" if i < len(rows) / 5 else "train" for i in order]
+    split = [row.get("split", part).strip() for row, part in zip(rows, drawn)]
+    wrong = sorted(set(split) - {"train", "valid", "test"})
+    need(not wrong, f"{path}: split {wrong[:1]} is not train, valid or test")
+    seconds = [sound.frames / sound.samplerate for sound in map(open_sound, files)]
+    for task in tasks:
+        try:
+            cells = [(row[task].strip(), folder, s) for row, s in zip(rows, seconds)]
+            truth[task] = [parse(task, *cell) if cell[0] else None for cell in cells]
+        except ValueError as error:
+            raise ValueError(f"{path}, column '{task}': {error}") from None
+        if any(isinstance(v, set) for v in truth[task]):  # a file with a single tag has no bar
+            truth[task] = [{v} if isinstance(v, str) else v for v in truth[task]]
+        labelled = [(i, split[i], v) for i, v in enumerate(truth[task]) if v is not None]
+        parts[task] = [torch.tensor([i for i, s, _ in labelled if s == part], dtype=torch.long)
+                       for part in ("train", "valid", "test")]
+        need(len(parts[task][0]) > 1 and len(parts[task][2]), f"{path}: column '{task}' has "
+             f"{len(parts[task][0])} labels in train and {len(parts[task][2])} in test; it needs 2 and 1")
+        if KINDS.get(task, "tags") in ("key", "tags"):
+            sets = [(part, v if isinstance(v, set) else {v}) for _, part, v in labelled]
+            train, test = (set().union(*(v for p, v in sets if p == part)) for part in ("train", "test"))
+            new = sorted(test - train) if task != "key" else []
+            need(len(train) > 1, f"{path}: column '{task}' has one class only in train; a probe needs two")
+            need(not new, f"{path}, column '{task}': {new[:1]} is in test but not in train; move or drop it")
+    return files, truth, parts
+
+# ---- The study: every system, task, readout and layer
+
+@torch.no_grad()
+def collect(systems, batches, device):
+    """Batches of (waves [B, T], their files [B], starts in s [B], whether frames are wanted) -> {system:
+    {readout: [layers, N, D] or [layers, n, frames, D]}}, files [N]; with frames: files [n], times [n, frames]"""
+    found, owner, local, now = {name: {} for name in systems}, [], [torch.zeros(0, dtype=torch.long)], []
+    for waves, files, start, frames in batches:
+        waves = waves.to(device)
+        owner.append(files)
+        local += [files] * frames
+        now += [start[:, None] + torch.arange(mt2.FRAMES) * HOP_S] * frames
+        for name, read in systems.items():
+            for readout, x in read(waves).items() if frames or "attention" not in name[0] else ():
+                if frames or x.ndim == 3:
+                    found[name].setdefault(readout, []).append(x.cpu() if x.ndim == 3 else x.half().cpu())
+    found = {name: {r: torch.cat(x, 1) for r, x in features.items()} for name, features in found.items()}
+    return found, torch.cat(owner), torch.cat(local), torch.cat(now) if now else None
+
+def evaluate(x, task, part, device="cpu", mix=False):
+    """Features x [G, windows, D] or [G, windows, frames, D] -> G scores {metric: value}, G held-out losses;
+    of a mixture one of each, and its weights. Probabilities of windows are averaged per file. ValueError."""
+    train, valid, test = part
+    if x.shape[-1] == 1:  # an onset curve speaks for itself
+        held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]
+        return [task.score(p, test, valid) for p in x.float()], held, None
+    frames = task.y.ndim == 3
+    y, flat = (task.y if frames else task.y[task.owner]).flatten(0, -2), x.flatten(1, -2)
+    owner, data = task.owner.repeat_interleave(len(y) // len(task.owner)), []
+    for files in (train, valid):
+        rows = (torch.isin(owner, files) & y.isfinite().all(-1)).nonzero()[:, 0]
+        need(len(rows) > 1, "too little labelled sound in the training or the validation part")
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_ROWS // (1 + 3 * mix)]]
+        data += [flat[:, rows].float().to(device), y[rows].to(device)]
+    predict, loss, weights = probe(*data, task.multi, mix)
+    with torch.no_grad():
+        p = activate(predict(flat.float().to(device)), task.multi).cpu()
+    if frames:
+        p = p.unflatten(1, task.y.shape[:2])
+    else:
+        count = owner.bincount(minlength=len(task.y)).clamp_min(1)[:, None]
+        p = p.new_zeros(len(p), *task.y.shape).index_add_(1, owner, p) / count
+    return [task.score(q, test, valid) for q in p], loss.tolist(), weights
+
+def study(found, tasks, parts, device, mix=False):
+    """-> rows for results.json. A seed draws the tenth of the training files that is left out or, without a
+    validation part, the fifth that serves for it."""
+    runs, jobs = {}, [(name, task, *item) for name, task in tasks.items() for item in found.items()]
+    for name, task, (system, seeds), features in tqdm(jobs, "probes", disable=None, leave=False):
+        wanted = {r: x for r, x in features.items()
+                  if x.ndim == task.y.ndim + 1 and (x.shape[-1] > 1 or task.multi)}
+        for seed in seeds if wanted else ():
+            train, valid, test = parts[name]
+            train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
+            few = math.ceil(len(train) / (10 if len(valid) else 5))
+            part = train[few:], valid if len(valid) else train[:few], test
+            scores, losses, _ = evaluate(torch.cat([*wanted.values()]), task, part, device)
+            places = [(r, layer) for r, x in wanted.items() for layer in range(len(x))]
+            for r, x in wanted.items() if mix else ():
+                if len(x) > 1 and x.shape[-1] > 1:
+                    score, loss, weights = evaluate(x, task, part, device, mix=True)
+                    scores, losses, places = scores + score, losses + loss, places + [(f"{r} mix", 0)]
+                    print(f"layers of {system} {r} for {name}:", *(f"{w:.2f}" for w in weights))
+            for place, *run in zip(places, scores, losses):
+                runs.setdefault((system, name, *place), []).append(run)
+    rows, number = [], lambda v: None if math.isnan(v) else round(float(v), 5)  # NaN is no JSON
+    for (system, name, readout, layer), run in runs.items():
+        for metric in run[0][0]:
+            values, losses = zip(*((scores[metric], loss) for scores, loss in run))
+            rows.append(dict(encoder=system, task=name, readout=readout, layer=layer, metric=metric,
+                             value=number(np.mean(values)), std=number(np.std(values)),
+                             n_train=len(parts[name][0]), n_test=len(parts[name][2]),
+                             valid_loss=number(np.mean(losses))))
+    return rows
+
+def by_task(results):
+    """{(encoder, task): its rows, of the main metric}."""
+    rows = {}
+    for row in results:
+        if row["metric"] in ("accuracy", "acc1", "map", "majmin", "f_measure"):
+            rows.setdefault((row["encoder"], row["task"]), []).append(row)
+    return rows
+
+def table(results):
+    """Print a row per system and readout, at the layer of the lowest validation loss and at the last."""
+    cells, metrics = {row["encoder"]: {} for row in results}, {}
+    for (system, task), rows in by_task(results).items():
+        metrics[task] = rows[0]["metric"]
+        for readout in dict.fromkeys(row["readout"] for row in rows):
+            layers = [row for row in rows if row["readout"] == readout]
+            best, last = min(layers, key=lambda row: row["valid_loss"]), layers[-1]
+            for name, row in ((readout, best), (f"{readout} last", last))[:len(layers)]:
+                at = f" L{row['layer']}" if len(layers) > 1 else ""
+                text = f"{row['value'] or 0:.3f}±{row['std'] or 0:.3f}{at}"
+                cells[system].setdefault(name, {})[task] = text
+    grid = [("", "", *metrics), ("system", "readout", *metrics.values())]
+    grid += [(system, readout, *(line.get(task, "") for task in metrics))
+             for system, lines in cells.items() for readout, line in lines.items()]
+    widths = [max(map(len, column)) for column in zip(*grid)]
+    print("\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in grid))
+
+# ---- Figures: PNG, colour-blind safe (Okabe-Ito; cividis)
+COLOURS = dict(zip((*READOUTS, "seq"), ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")))
+REFERENCES = ("untrained", "attention", "log-mel", "chroma", "flux")  # what their names end in
+
+def canvas(rows, columns, size, **how):
+    """A figure of size inches and its axes [rows, columns]; without pyplot it needs no screen."""
+    from matplotlib.figure import Figure
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **how)
+
+def write(path, content):
+    """Bytes, text or a figure -> file, whole or not at all."""
+    if hasattr(content, "savefig"):
+        content.savefig(buffer := io.BytesIO(), format="png", dpi=110)
+        content = buffer.getvalue()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.tmp").write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(f"{path}.tmp", path)
+    print(path)
+
+def layers_figure(results):
+    """Scores over layers, a panel per task, a line per readout; references are horizontal, at their best."""
+    rows, tasks, handles = by_task(results), list(dict.fromkeys(row["task"] for row in results)), {}
+    systems = list(dict.fromkeys(system for system, _ in rows))
+    references = [s for s in systems if s.endswith(REFERENCES)]
+    width, height = min(4, len(tasks) + 1), math.ceil((len(tasks) + 1) / 4)
+    figure, axes = canvas(height, width, (3.2 * width, 2.7 * height))
+    for (system, task), mine in rows.items():
+        ax = axes.flat[tasks.index(task)]
+        ax.set(title=task, xlabel="layer", ylabel=mine[0]["metric"].replace("_", " "))
+        ax.locator_params(axis="x", integer=True)
+        if system in references:
+            i, best = references.index(system), min(mine, key=lambda row: row["valid_loss"])
+            style = dict(ls=("--", "-.", ":")[i % 3], color=("k", "0.6")[i // 3 % 2], lw=1.2)
+            handles[system] = ax.axhline(best["value"], **style)
+        for r in COLOURS if system not in references else ():
+            points = [(row["layer"], row["value"]) for row in mine if row["readout"] == r]
+            if points:
+                style = dict(marker="osD^v"[systems.index(system) % 5], ms=4, lw=1.2, color=COLOURS[r])
+                handles[f"{system} {r}"], = ax.plot(*zip(*points), **style)
+    for ax in axes.flat[len(tasks):]:
+        ax.axis("off")
+    axes.flat[len(tasks)].legend(handles.values(), handles.keys(), loc="center", fontsize=7, frameon=False)
+    return figure
+
+def similarity_figure(model, waves):
+    """Cosine similarity of centred sequence tokens, 6 a second, of windows [n, 64000], a matrix per layer."""
+    seq = readouts(model.layers(waves), model.class_tokens)["seq"][:, :, :125].unflatten(2, (25, 5)).mean(3)
+    seq = seq.flatten(1, 2)  # [layers, 25 n, dim]
+    seq = F.normalize(seq - seq.mean(1, keepdim=True), dim=-1).cpu()
+    width, height, extent = min(5, len(seq)), math.ceil(len(seq) / 5), (0, SECONDS * len(waves)) * 2
+    figure, axes = canvas(height, width, (2.8 * width + 1, 2.8 * height + 0.8), sharex=True, sharey=True)
+    for layer, ax in enumerate(axes.flat):
+        ax.set_visible(layer < len(seq))
+        x = seq[min(layer, len(seq) - 1)]
+        image = ax.imshow(x @ x.T, cmap="cividis", vmin=-1, vmax=1, origin="lower", extent=extent)
+        ax.set(title=f"layer {layer}", xlabel="time (s)", ylabel="time (s)")
+        ax.label_outer()
+    figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8)
+    return figure
+
+def attention_figure(model, wave):
+    """Log-mel spectrogram of a window [1, 64000]; below, what the class tokens attend to, a row per head."""
+    mel, paid, n = model.front_end(wave)[0].cpu(), attention(model, wave), len(model.class_tokens)
+    figure, axes = canvas(1 + n, 1, (9, 2.6 + 1.9 * n), sharex=True)
+    style = dict(cmap="cividis", aspect="auto", interpolation="nearest")
+    extent = (0, SECONDS, 0, mt2.N_MELS)
+    image = axes[0, 0].imshow(mel[0].T, origin="lower", extent=extent, vmin=mel.max() - 80, **style)
+    axes[0, 0].set(ylabel="mel band", title="log-mel spectrogram; lines: onsets by spectral flux")
+    figure.colorbar(image, ax=axes[0, 0], label="dB")
+    flux = of_spectrum("flux", model.front_end)(wave)["curve"][0, :, :, 0].cpu()
+    for frame in (peaks(flux) & (flux > flux.mean() + flux.std())).nonzero()[:, 1].tolist():
+        axes[0, 0].axvline(frame * HOP_S, color="#E69F00", lw=1)
+    for ax, name in zip(axes[1:, 0], model.class_tokens):
+        maps = paid[name][:, 0].cpu()  # [blocks, heads, frames]
+        heads, blocks = (maps / maps.amax(2, keepdim=True)).flatten(0, 1), len(maps)
+        image = ax.imshow(heads, vmin=0, vmax=1, extent=(0, SECONDS, blocks + 0.5, 0.5), **style)
+        ax.set(title=f"attention of class token {name}", ylabel="block (heads)", yticks=range(1, blocks + 1))
+        figure.colorbar(image, ax=ax, label="of row maximum")
+    axes[-1, 0].set_xlabel("time (s)")
+    return figure
+
+def circle_figure(model, waves):
+    """y around the circle of fifths, time outwards, one value a second, of consecutive windows [n, 64000]."""
+    waves, middle = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE), mt2.N_OFFSETS // 2
+    c_major, fifths = mt2.calibrate(model, waves.device), 7 * torch.arange(12) % 12
+    angle = -(mt2.key_phase(model, waves)[0] * c_major.conj()).angle().cpu()
+    bin_of_c = int(mt2.key_signature(c_major, torch.ones_like(c_major)))  # in y with the crop undone
+    y = torch.cat([model.pitch(chunk)[0] for chunk in waves.split(64)]).cpu()
+    y = y[:, (fifths + bin_of_c - middle) % 12]  # [n, 12] around the circle
+    polar = dict(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
+    figure, ((ax,),) = canvas(1, 1, (7, 6), subplot_kw=polar)
+    time, turn = torch.arange(len(y) + 1), math.pi / 6
+    y = y.repeat_interleave(9, 1)  # so that the cells look round
+    image = ax.pcolormesh(torch.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
+    ax.plot(angle, time[:-1] + 0.5, ".", color="#E69F00", ms=6)
+    ax.tick_params(axis="y", colors="w")
+    names = [f"{PITCHES[t]}/{MINORS[(t + 9) % 12].lower()}" for t in fifths]
+    ax.set(xticks=[turn * i for i in range(12)], xticklabels=names,
+           title="y (dots: its phase); outwards: start of the window (s)\n")
+    figure.colorbar(image, ax=ax, label="probability", shrink=0.7, pad=0.1)
+    return figure
+
+# ---- Commands
+SEEDS = (0, 1, 2)  # of the split between training and validation
+
+def measure(models, others, args, device):
+    """Probe models [(name, seeds, model)] and other systems beside references; print and write results."""
+    out, asked, truth = Path(args.out), args.task.split(",") if args.task else [], {}
+    need(not out.exists() or out.is_dir(), f"--out {out}: is a file; name a folder")
+    if args.data:
+        need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
+        files, truth, parts = manifest(args.data, asked, args.seed)
+        batches, total = read_files(files), len(files)
+    else:
+        names = "key", "key_signature", "instrument", "tempo", "chord", "beat", "onset"
+        wrong, asked, edges = sorted({*asked} - {*names}), asked or names, np.cumsum((0, *COUNTS))
+        need(not wrong, f"--task {wrong[:1]}: generated music has {', '.join(names)}; for others give --data")
+        parts = dict.fromkeys(names, [torch.arange(a, b) for a, b in zip(edges, edges[1:])])
+        batches, total = generated(truth), sum(COUNTS) // 50
+    if models:
+        torch.manual_seed(0)
+        models = [*models, ("untrained", SEEDS, mt2.build(models[-1][2].config).to(device).eval())]
+    spectra = lru_cache(1)(mt2.FrontEnd().to(device))  # all systems read the same waves
+    systems = {(name, seeds): of_model(model, spectra) for name, seeds, model in models} | others
+    systems |= {(name, SEEDS): of_spectrum(name, spectra) for name in ("log-mel", "chroma", "flux")}
+    systems |= {(f"{name} attention", seeds[:1]): of_attention(net)
+                for name, seeds, net in models if net.class_tokens}
+    batches = tqdm(batches, "music", total, disable=None, leave=False)
+    found, owner, local, now = collect(systems, batches, device)
+    make = dict(chord=chord_task, beat=event_task, onset=event_task)
+    tasks = {name: make[KINDS[name]](name, truth[name], local, now) if KINDS.get(name) in make
+             else clip_task(name, truth[name], owner) for name in asked}
+    parts = {name: [p[torch.isin(p, task.owner)] for p in parts[name]] for name, task in tasks.items()}
+    results = study(found, tasks, parts, device, args.mix)
+    table(results)
+    figure = layers_figure(results)
+    write(out / "results.json", json.dumps(results, indent=1))
+    write(out / "layers.png", figure)
+
+def command_table(args):
+    """Linear probes of runs or other encoders, beside their references."""
+    device = mt2.pick_device(args.device)
+    need(args.run or args.encoder, "name a run folder, or another encoder with --encoder")
+    models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
+    others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
+              for spec in args.encoder}
+    args.out = args.out or next((run for run in args.run if Path(run).is_dir()), "runs/probe")
+    measure(models, others, args, device)
+
+def command_ablation(args):
+    """Train contrastive, equivariant and MT2 for the same steps with several seeds, and probe them all."""
+    device, models, args.out = mt2.pick_device(args.device), [], args.out or "runs/ablation"
+    kinds = dict(contrastive=("con", "mel"), equivariant=("eq", "vqt"), MT2=("eq,con", "mel,vqt"))
+    for name, (tasks, inputs) in kinds.items():
+        for seed in range(args.seeds):
+            config = dict(out=f"{args.out}/{name}{seed}", steps=args.steps, seed=seed, device=args.device)
+            run = mt2.train(mt2.Config(tasks=tasks, inputs=inputs, **config))
+            models.append((name, (seed,), mt2.load(run, device)))
+    measure(models, {}, args, device)
+
+def command_embed(args):
+    """Every readout [layers, windows, dim] of 4 s windows, and their names and times [windows], as an npz."""
+    device, files = mt2.pick_device(args.device), tqdm(args.file, "files", disable=None, leave=False)
+    system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}
+    found, owner, _, _ = collect(system, read_files(files, frames=False), device)
+    times = torch.cat([SECONDS * torch.arange(n) for n in owner.bincount()])
+    np.savez(buffer := io.BytesIO(), names=np.array(args.file)[owner], times=times, **found["", ()])
+    write(args.out or "features.npz", buffer.getvalue())
+
+def command_key(args):
+    """Key signatures of songs without labels: the phase of y at five crops, calibrated by generated music."""
+    device, crops, lines = mt2.pick_device(args.device), (2, 5, 8, 11, 14), []
+    model = mt2.load(args.run, device)
+    need("eq" in model.class_tokens, f"{args.run}: has no equivariant token, so it cannot tell keys")
+    c_major = mt2.calibrate(model, device, crops)
+    for file in tqdm(args.file, "files", disable=None, leave=False):
+        phasor = mt2.key_phase(model, cut(file).to(device), crops)  # [crops, windows]
+        tonic = int(mt2.key_signature(phasor.mean(), c_major))
+        sure = phasor.sgn().mean().abs().item()  # 1 if all windows and crops agree
+        lines.append((file, KEYS[tonic], KEYS[12 + (tonic + 9) % 12], f"{sure:.2f}"))
+    if args.csv:
+        header = "file", "major", "minor", "confidence"
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *lines])
+    for file, major, minor, sure in () if args.csv else lines:
+        print(f"{major + ' or ' + minor:20} confidence {sure}  {file}")
+
+def command_figures(args):
+    """ssm.png, attention.png and, with an equivariant token, circle.png of a sound file's first minute."""
+    device = mt2.pick_device(args.device)
+    model, waves = mt2.load(args.run, device), cut(*args.file)[:15].to(device)
+    need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")
+    with torch.no_grad():
+        figures = dict(ssm=similarity_figure(model, waves[:8]), attention=attention_figure(model, waves[:1]))
+        figures |= dict(circle=circle_figure(model, waves)) if "eq" in model.class_tokens else {}
+        for name, figure in figures.items():
+            write(f"{args.out or 'figures'}/{name}.png", figure)
+
+FLAGS = {
+    "run": dict(help="run folder or model.pt"), "file": dict(nargs="+", help="sound files"),
+    "--data": dict(help="manifest.csv with columns path, labels, perhaps split; default: generated music"),
+    "--task": dict(help="columns of the manifest, or tasks on generated music; comma-separated"),
+    "--encoder": dict(action="append", default=[], help="muq:DIR, mert:DIR, musicfm:DIR or module:callable"),
+    "--download": dict(action="store_true", help="let a package fetch its weights by name"),
+    "--trust-remote-code": dict(action="store_true", help="let transformers run code beside the weights"),
+    "--mix": dict(action="store_true", help="also probe a learned mixture of the layers"),
+    "--seed": dict(type=int, default=0, help="of the split, where the manifest has none"),
+    "--steps": dict(type=int, default=400, help="training steps of each model"),
+    "--seeds": dict(type=int, default=3, help="models of each kind"),
+    "--out": dict(help="folder to write to; of embed: the npz file"),
+    "--csv": dict(action="store_true", help="print a CSV table"),
+    "--device": dict(default="auto", help="auto, cpu, cuda or mps")}
+COMMANDS = {
+    "table": (command_table, "run --encoder --data --task --mix --seed --out --download --trust-remote-code"),
+    "key": (command_key, "run file --csv"), "embed": (command_embed, "run file --out"),
+    "figures": (command_figures, "run file --out"),
+    "ablation": (command_ablation, "--steps --seeds --data --task --mix --seed --out")}
+
+class Parser(argparse.ArgumentParser):
+    """A mistake on the command line gets one line."""
+    def error(self, message):
+        sys.exit(f"probe: {message}; see --help")
+
+def main(words=None):
+    """Without a command's name in front: the table."""
+    words = sys.argv[1:] if words is None else words
+    words = words if words and words[0] in (*COMMANDS, "-h", "--help") else ["table", *words]
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, (function, flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.set_defaults(function=function)
+        for flag in (*flags.split(), "--device"):
+            many = {"table run": dict(nargs="*"), "figures file": dict(nargs=1)}.get(f"{name} {flag}", {})
+            command.add_argument(flag, **FLAGS[flag] | many)
+    args = parser.parse_args(words)
+    warnings.filterwarnings("ignore", module="mir_eval")  # an empty estimate scores 0, and needs no comment
+    try:
+        args.function(args)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        sys.exit(f"probe: {(str(error) or type(error).__name__).splitlines()[0]}")
+
+if __name__ == "__main__":
+    main()
