@@ -62,7 +62,7 @@ class Config:
     expansion: int = knob(4, "of TUNe: expansion layers, 1 to 4; 0 is CLMR's SampleCNN")
     tasks: tuple = knob(("eq", "con"), "class tokens, in token order: eq,con | eq | con")
     inputs: tuple = knob(("mel", "vqt"), "branches, whose tokens are added: mel,vqt | mel | vqt")
-    steps: int = knob(1100, "optimiser steps (paper: about 1000 epochs of 512)")
+    steps: int = knob(900, "optimiser steps (paper: about 1000 epochs of 512)")
     batch: int = knob(128, "tracks per step and process (paper: 128)")
     seed: int = knob(0, "of weights, music and views")
     device: str = knob("auto", "auto | cpu | cuda | mps")
@@ -82,7 +82,7 @@ class Config:
     easy: float = knob(0.35, "share of the run with easy generated music before an equal ramp to rich; ours")
     gap: float = knob(30.0, "seconds that the starts of segments A and B of a file lie apart at most; ours")
     workers: int = knob(-1, "processes that prepare music; -1: half of the cores, none for generated music on a GPU")
-    save_every: int = knob(275, "steps between saves")
+    save_every: int = knob(225, "steps between saves")
 
     def __post_init__(self):
         if self.size not in SIZES:
