@@ -240,7 +240,7 @@ class Block(nn.Module):
         q, k, v = self.project(x)
         if x.is_cuda:
             mixed = F.scaled_dot_product_attention(q, k, v)
-        else:  # on CPU the fused kernel is slow backward: a step took 2.7 times as long at 18 tokens (LESSONS)
+        else:  # on CPU the fused kernel is slow backward: a step took 2.7 times as long at 18 tokens (prototype)
             mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
@@ -288,7 +288,7 @@ class MT2(nn.Module):
     def start_as_folded_spectrum(self):
         """At first y is close to the spectrum folded into one octave: an orthonormal VQT patch, undone by the
         equivariant head, and small residual branches (as in GPT-2). Ours: beside the contrastive loss the usual
-        start does not get going (LESSONS: exact key .08 instead of .92 after 940 steps)."""
+        start does not get going (prototype: exact key .08 instead of .92 after 940 steps)."""
         basis = torch.linalg.qr(torch.randn(max(self.config.dim, N_CROP), min(self.config.dim, N_CROP)))[0]
         self.patch_vqt[1].weight.copy_(1.5 * (basis if self.config.dim >= N_CROP else basis.T))
         self.head_eq.weight.copy_(1.5 * self.patch_vqt[1].weight.T)
@@ -331,7 +331,7 @@ class MT2(nn.Module):
         """Logits [B, 12] minus their mean over all clips with the same crop offset, over their std (ours).
 
         Averaged over many songs, no key is preferred at any crop. Without this CPSD is solved by reading the
-        offset off the spectral envelope, and no key is learned (LESSONS: exact key .08 instead of .90)."""
+        offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead of .90)."""
         if not self.training:
             return (logits - self.offset_mean[offset]) / self.logit_std
         same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
@@ -864,7 +864,7 @@ class Stream(Dataset):
             g = torch.Generator().manual_seed(self.seed * 2 ** 32 + i)
             tracks = torch.randint(len(self.folder), (c.fresh,), generator=g).tolist()
             waves = torch.stack([self.folder.pair(track, g) for track in tracks]).to(self.device)
-        else:  # easy music, then more and more rich: rich music from the start led into the shortcut (LESSONS)
+        else:  # easy music, then more and more rich: rich music from the start led into the shortcut (prototype)
             rich = min(max(progress / c.easy - 1, 0), 1) if c.easy and not c.init else 1
             waves, _ = self.music.batch(c.fresh, i, rich)
         features = (waves.flatten(0, 1),) if c.encoder == "tune" else self.front_end(waves.flatten(0, 1))

@@ -34,7 +34,8 @@ from mt2 import HOP, SAMPLE_RATE, SAMPLES, SECONDS
 
 READOUTS = ("eq", "con", "cls_avg", "seq_avg", "all_avg")  # of a clip; frame tasks read its sequence tokens
 HOP_S = HOP / SAMPLE_RATE  # 32 ms
-PITCHES, MINORS = "C Db D Eb E F Gb G Ab A Bb B".split(), "C C# D Eb E F F# G G# A Bb B".split()  # usual spellings
+PITCHES = "C Db D Eb E F Gb G Ab A Bb B".split()
+MINORS = "C C# D Eb E F F# G G# A Bb B".split()  # as minor keys are usually spelt
 KEYS = [f"{p} major" for p in PITCHES] + [f"{p} minor" for p in MINORS]
 CHORDS = [f"{p}:maj" for p in PITCHES] + [f"{p}:min" for p in PITCHES] + ["N"]
 
@@ -281,8 +282,8 @@ def chord_task(name, truth, owner, now):
     return Task(y, owner, score)
 
 def peaks(curve):
-    """Where curves [n, frames] are highest within two frames on either side."""
-    return curve == F.max_pool1d(curve[:, None], 5, 1, 2)[:, 0]
+    """Where curves [n, frames] are above 0 and highest within two frames on either side."""
+    return (curve > 0) & (curve == F.max_pool1d(curve[:, None], 5, 1, 2)[:, 0])
 
 def event_task(name, truth, owner, now):
     """Truth: times [n] in s per file. F-measure per file, beats within 70 ms, onsets within 50 ms."""
@@ -299,7 +300,7 @@ def event_task(name, truth, owner, now):
     def score(p, test, valid):
         p = p[:, :-1, 0]  # the last frame of a window is the first of the next
         peak, held, values = peaks(p), torch.isin(owner, valid), []
-        heights = p[held][peak[held]].sort(descending=True).values
+        heights = F.pad(p[held][peak[held]].sort(descending=True).values, (0, 1))
         least = heights[min(int(y[held, :-1].sum()), len(heights)) - 1]  # as many peaks as `valid` has events
         for file in (i for i in test.tolist() if len(truth[i])):
             times = now[:, :-1][peak & (p >= least) & (owner == file)[:, None]]
@@ -308,15 +309,15 @@ def event_task(name, truth, owner, now):
     return Task(y, owner, score, multi=True)
 
 # ---- Data: generated music, sound files, manifests
-COUNTS, LOCAL = (800, 200, 400), (200, 100, 150)  # generated train, valid, test clips; for frame tasks
+COUNTS, LOCAL, CHUNK = (800, 200, 400), (200, 100, 150), 50  # train, valid, test clips; for frame tasks; at once
 LIMIT = 120.0  # seconds that are read of a file
 
 def generated(truth):
     """Batches for `collect`; fills `truth` {task: labels, one per clip} on the way."""
     for part, (n, local) in enumerate(zip(COUNTS, LOCAL)):
         music = mt2.SyntheticMusic(1001 + part)  # training seeds start at 4096
-        for step in range(n // 50):
-            waves, labels = music.batch(50, step)
+        for step in range(n // CHUNK):
+            waves, labels = music.batch(CHUNK, step)
             for task in ("key", "key_signature", "instrument", "tempo"):
                 truth.setdefault(task, []).extend(labels[task].tolist())
             for chord, *events in zip(*(labels[k][:, 0].numpy() for k in ("chord", "beats", "onsets"))):
@@ -325,8 +326,8 @@ def generated(truth):
                 truth.setdefault("chord", []).append(spans)
                 for task, times in zip(("beat", "onset"), events):
                     truth.setdefault(task, []).append(np.sort(times[times >= 0]))  # drops NaN
-            files = sum(COUNTS[:part]) + step * 50 + torch.arange(50)
-            yield waves[:, 0], files, torch.zeros(50), step * 50 < local
+            files = sum(COUNTS[:part]) + step * CHUNK + torch.arange(CHUNK)
+            yield waves[:, 0], files, torch.zeros(CHUNK), step * CHUNK < local
 
 def open_sound(path):
     """-> soundfile.SoundFile, or ValueError."""
@@ -386,8 +387,8 @@ def parse(task, text, folder, seconds):
     return {tag.strip() for tag in text.split("|") if tag.strip()} if kind == "tags" else text
 
 def manifest(path, tasks, seed):
-    """-> files, {task: truth per file}, {task: (train, valid, test) file numbers}. ValueError or OSError for what
-    is wrong with it, before anything is computed."""
+    """-> files, {task: truth per file}, {task: (train, valid, test) file numbers}. ValueError or OSError for
+    what is wrong with it, before anything is computed."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, restval=""))
@@ -431,8 +432,8 @@ def manifest(path, tasks, seed):
 
 @torch.no_grad()
 def collect(systems, batches, device):
-    """Batches of (waves [B, T], their files [B], starts in s [B], whether frames are wanted) -> {system:
-    {readout: [layers, N, D] or [layers, n, frames, D]}}, files [N]; with frames: files [n], times [n, frames]"""
+    """Batches of (waves [B, T], their files [B], starts in s [B], if frames are wanted) -> {system: {readout:
+    [layers, N, D] or [layers, n, 126, D]}}, files [N]; of those with frames files [n], times [n, 126]."""
     found, owner, local, now = {name: {} for name in systems}, [], [torch.zeros(0, dtype=torch.long)], []
     for waves, files, start, frames in batches:
         waves = waves.to(device)
@@ -459,11 +460,13 @@ def evaluate(x, task, part, device="cpu", mix=False):
     for files in (train, valid):
         rows = (torch.isin(owner, files) & y.isfinite().all(-1)).nonzero()[:, 0]
         need(len(rows) > 1, "too little labelled sound in the training or the validation part")
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_ROWS // (1 + 3 * mix)]]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
         data += [flat[:, rows].float().to(device), y[rows].to(device)]
     predict, loss, weights = probe(*data, task.multi, mix)
     with torch.no_grad():
-        p = activate(predict(flat.float().to(device)), task.multi).cpu()
+        logits = torch.cat([predict(v.float().to(device)).cpu() for v in flat.split(2 ** 14, dim=1)], dim=1)
+    p = activate(logits, task.multi)
     if frames:
         p = p.unflatten(1, task.y.shape[:2])
     else:
@@ -577,7 +580,7 @@ def similarity_figure(model, waves):
     """Cosine similarity of centred sequence tokens, 6 a second, of windows [n, 64000], a matrix per layer."""
     seq = readouts(model.layers(waves), model.class_tokens)["seq"][:, :, :125].unflatten(2, (25, 5)).mean(3)
     seq = seq.flatten(1, 2)  # [layers, 25 n, dim]
-    seq = F.normalize(seq - seq.mean(1, keepdim=True), dim=-1).cpu()
+    seq = F.normalize(seq - seq.mean(1, keepdim=True), dim=-1).cpu().numpy()
     width, height, extent = min(5, len(seq)), math.ceil(len(seq) / 5), (0, SECONDS * len(waves)) * 2
     figure, axes = canvas(height, width, (2.8 * width + 1, 2.8 * height + 0.8), sharex=True, sharey=True)
     for layer, ax in enumerate(axes.flat):
@@ -591,7 +594,7 @@ def similarity_figure(model, waves):
 
 def attention_figure(model, wave):
     """Log-mel spectrogram of a window [1, 64000]; below, what the class tokens attend to, a row per head."""
-    mel, paid, n = model.front_end(wave)[0].cpu(), attention(model, wave), len(model.class_tokens)
+    mel, paid, n = model.front_end(wave)[0].cpu().numpy(), attention(model, wave), len(model.class_tokens)
     figure, axes = canvas(1 + n, 1, (9, 2.6 + 1.9 * n), sharex=True)
     style = dict(cmap="cividis", aspect="auto", interpolation="nearest")
     extent = (0, SECONDS, 0, mt2.N_MELS)
@@ -602,8 +605,8 @@ def attention_figure(model, wave):
     for frame in (peaks(flux) & (flux > flux.mean() + flux.std())).nonzero()[:, 1].tolist():
         axes[0, 0].axvline(frame * HOP_S, color="#E69F00", lw=1)
     for ax, name in zip(axes[1:, 0], model.class_tokens):
-        maps = paid[name][:, 0].cpu()  # [blocks, heads, frames]
-        heads, blocks = (maps / maps.amax(2, keepdim=True)).flatten(0, 1), len(maps)
+        maps, blocks = paid[name][:, 0].cpu().numpy(), len(model.blocks)  # [blocks, heads, frames]
+        heads = (maps / maps.max(2, keepdims=True)).reshape(-1, maps.shape[2])
         image = ax.imshow(heads, vmin=0, vmax=1, extent=(0, SECONDS, blocks + 0.5, 0.5), **style)
         ax.set(title=f"attention of class token {name}", ylabel="block (heads)", yticks=range(1, blocks + 1))
         figure.colorbar(image, ax=ax, label="of row maximum")
@@ -614,15 +617,15 @@ def circle_figure(model, waves):
     """y around the circle of fifths, time outwards, one value a second, of consecutive windows [n, 64000]."""
     waves, middle = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE), mt2.N_OFFSETS // 2
     c_major, fifths = mt2.calibrate(model, waves.device), 7 * torch.arange(12) % 12
-    angle = -(mt2.key_phase(model, waves)[0] * c_major.conj()).angle().cpu()
+    angle = -(mt2.key_phase(model, waves)[0] * c_major.conj()).angle().cpu().numpy()
     bin_of_c = int(mt2.key_signature(c_major, torch.ones_like(c_major)))  # in y with the crop undone
     y = torch.cat([model.pitch(chunk)[0] for chunk in waves.split(64)]).cpu()
     y = y[:, (fifths + bin_of_c - middle) % 12]  # [n, 12] around the circle
     polar = dict(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     figure, ((ax,),) = canvas(1, 1, (7, 6), subplot_kw=polar)
-    time, turn = torch.arange(len(y) + 1), math.pi / 6
-    y = y.repeat_interleave(9, 1)  # so that the cells look round
-    image = ax.pcolormesh(torch.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
+    time, turn = np.arange(len(y) + 1), math.pi / 6
+    y = y.repeat_interleave(9, 1).numpy()  # so that the cells look round
+    image = ax.pcolormesh(np.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
     ax.plot(angle, time[:-1] + 0.5, ".", color="#E69F00", ms=6)
     ax.tick_params(axis="y", colors="w")
     names = [f"{PITCHES[t]}/{MINORS[(t + 9) % 12].lower()}" for t in fifths]
@@ -647,7 +650,7 @@ def measure(models, others, args, device):
         wrong, asked, edges = sorted({*asked} - {*names}), asked or names, np.cumsum((0, *COUNTS))
         need(not wrong, f"--task {wrong[:1]}: generated music has {', '.join(names)}; for others give --data")
         parts = dict.fromkeys(names, [torch.arange(a, b) for a, b in zip(edges, edges[1:])])
-        batches, total = generated(truth), sum(COUNTS) // 50
+        batches, total = generated(truth), sum(COUNTS) // CHUNK
     if models:
         torch.manual_seed(0)
         models = [*models, ("untrained", SEEDS, mt2.build(models[-1][2].config).to(device).eval())]
