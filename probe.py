@@ -309,7 +309,7 @@ def event_task(name, truth, owner, now):
     return Task(y, owner, score, multi=True)
 
 # ---- Data: generated music, sound files, manifests
-COUNTS, LOCAL, CHUNK = (800, 200, 400), (200, 100, 150), 50  # train, valid, test clips; for frame tasks; at once
+COUNTS, LOCAL, CHUNK = (800, 200, 400), (200, 100, 150), 50  # train, valid, test clips; with frames; at once
 LIMIT = 120.0  # seconds that are read of a file
 
 def generated(truth):

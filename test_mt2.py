@@ -139,8 +139,8 @@ def test_nt_xent_is_finite_and_right_with_zero_rows_identical_rows_and_a_tiny_te
 def test_nt_xent_keeps_no_matrix_for_the_backward_pass():
     saved, a, b = [], noise(1500, 8).requires_grad_(), noise(1500, 8, seed=1)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        nt_xent(a, b)
-    assert sum(saved) < 3000 * 3000 / 10
+        loss = nt_xent(a, b)
+    assert sum(saved) < 3000 * 3000 / 10 and loss.grad_fn.kept is None
 
 
 @pytest.mark.parametrize("B, omega", [(1, 7), (2, 1), (33, 7), (5, 2)])
@@ -191,19 +191,18 @@ EXTREME = {"silence": torch.zeros(64000), "DC": torch.ones(64000), "full scale":
 def test_a_tone_hits_its_bin_and_reads_its_amplitude_in_every_bin():
     level = VQT().magnitude(0.3 * tone(SEMITONES))[:, 63]  # [99 tones, 99 bins], in the middle of the clip
     assert (level.argmax(1) == torch.arange(99)).all()
-    # bin 98, 7902 Hz, lies so near half of the sample rate that it beats with its mirror image
-    assert_close(level.diagonal()[:98], torch.full((98,), 0.3), rtol=0.03, atol=0)
+    assert_close(level.diagonal(), torch.full((99,), 0.3), rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("frame, j", [(63, 0), (0, 30), (125, 40), (70, 59), (63, 60), (40, 98)])
 def test_vqt_equals_a_direct_correlation_in_float64(frame, j):
     hertz = float(SEMITONES[j])
-    width = 16000 / ((2 ** (1 / 12) - 1) * hertz)
+    width = 16000 * max(1 / ((2 ** (1 / 12) - 1) * hertz), 1 / (8000 - hertz))
     t = np.arange(-math.ceil(width / 2) + 1, math.ceil(width / 2))
     hann = np.cos(np.pi * t / width) ** 2
     heard = np.pad(noise(64000).double().numpy(), 8192)[8192 + 512 * frame + t]
     direct = abs((heard * hann * np.exp(-2j * np.pi * hertz * t / 16000)).sum()) * 2 / hann.sum()
-    assert VQT().magnitude(noise(1, 64000))[0, frame, j].item() == pytest.approx(direct, rel=1e-4)
+    assert VQT().magnitude(noise(1, 64000))[0, frame, j].item() == pytest.approx(direct, rel=2e-3)
 
 
 @pytest.mark.parametrize("semitones", [1, 3, 15])
@@ -996,9 +995,11 @@ def test_probes_at_once_equal_probes_one_by_one_and_the_optimum():
     together = probe.fit(x, y, False, l2=(0.01, 0.1), steps=400)
     for g in range(3):
         for k, l2 in enumerate((0.01, 0.1)):
-            torch.testing.assert_close(together[g, k], probe.fit(x[g:g + 1], y, False, l2=(l2,), steps=400)[0, 0])
+            alone = probe.fit(x[g:g + 1], y, False, l2=(l2,), steps=400)[0, 0]
+            assert_close(together[g, k], alone)
             w = together[g, k].clone().requires_grad_()
-            loss = -(y * (x[g] @ w[:-1] + w[-1]).log_softmax(-1)).sum(-1).mean() + l2 / 2 * w[:-1].square().sum()
+            loss = -(y * (x[g] @ w[:-1] + w[-1]).log_softmax(-1)).sum(-1).mean()
+            loss = loss + l2 / 2 * w[:-1].square().sum()
             assert torch.autograd.grad(loss, w)[0].abs().max() < 1e-5  # nothing is left to gain
 
 
@@ -1014,10 +1015,12 @@ def test_a_probe_finds_what_was_planted_and_nothing_in_noise():
 
 def test_average_precision_and_auc_equal_scikit_learn_with_ties_and_skip_absent_tags():
     truth = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0]])
-    said = np.array([[.9, .2, .5, .1], [.9, .8, .5, .2], [.3, .8, .1, .3], [.3, .1, .5, .4], [.7, .2, .5, .5], [.1, .2, .9, .6]])
+    said = np.array([[.9, .2, .5, .1], [.9, .8, .5, .2], [.3, .8, .1, .3],
+                     [.3, .1, .5, .4], [.7, .2, .5, .5], [.1, .2, .9, .6]])
     precision, auc = [0.588888889, 0.866666667, 0.85], [0.666666667, 0.888888889, 0.8125]  # by scikit-learn
     for c in range(3):
-        assert probe.ranking(truth[:, [c]], said[:, [c]]) == pytest.approx({"map": precision[c], "roc_auc": auc[c]})
+        expected = pytest.approx({"map": precision[c], "roc_auc": auc[c]})
+        assert probe.ranking(truth[:, [c]], said[:, [c]]) == expected
     together = {"map": np.mean(precision), "roc_auc": np.mean(auc)}  # the last column has no positive
     assert probe.ranking(truth, said) == pytest.approx(together)
 
@@ -1039,7 +1042,8 @@ def test_the_table_on_generated_music_has_every_task_and_its_references(small_ru
     said = probe_main(capsys, small_run / "run", "--out", small_run / "out")
     rows = json.loads((small_run / "out" / "results.json").read_text())
     assert {"encoder", "task", "readout", "layer", "metric", "value", "n_train", "n_test"} <= rows[0].keys()
-    assert {r["task"] for r in rows} == {"key", "key_signature", "instrument", "tempo", "chord", "beat", "onset"}
+    tasks = {"key", "key_signature", "instrument", "tempo", "chord", "beat", "onset"}
+    assert {r["task"] for r in rows} == tasks
     mine = {(r["readout"], r["layer"]) for r in rows if r["task"] == "key" and r["encoder"].endswith("run")}
     assert mine == {(readout, layer) for readout in probe.READOUTS for layer in (0, 1)}
     assert all(name in said for name in ("untrained", "log-mel", "chroma", "flux"))
@@ -1049,8 +1053,8 @@ def test_the_table_on_generated_music_has_every_task_and_its_references(small_ru
 def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, capsys):
     soundfile.write(small_run / "short.wav", 0.5 * tone([440], 1)[0].numpy(), 16000)
     songs = [f"song{i}.wav" for i in range(6)] + ["short.wav"]
-    lines = [f"{s},{'C major' if i % 2 else 'A minor'},{'loud|fast' if i % 2 else 'slow'},{'test' if i > 3 else 'train'}"
-             for i, s in enumerate(songs)]
+    lines = [f"{song},{('A minor,slow', 'C major,loud|fast')[i % 2]},{'test' if i > 3 else 'train'}"
+             for i, song in enumerate(songs)]
     (small_run / "good.csv").write_text("path,key,tags,split\n" + "\n".join(lines))
     flags = "--data", small_run / "good.csv", "--out", small_run / "manifest"
     said = probe_main(capsys, small_run / "run", "--task", "key,tags", *flags)
@@ -1062,17 +1066,20 @@ def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, c
 @pytest.mark.parametrize("name, text, task, expected", [
     ("column", "path,key\nsong0.wav,C major", "mood", "no column 'mood'"),
     ("missing", "path,key\nnowhere.wav,C major\nsong1.wav,A minor", "key", "missing"),
-    ("one class", "path,mood,split\nsong0.wav,sad,train\nsong1.wav,sad,train\nsong2.wav,sad,test", "mood", "one class"),
-    ("unseen", "path,mood,split\nsong0.wav,a,train\nsong1.wav,b,train\nsong2.wav,c,test", "mood", "not in train"),
+    ("one class", "path,mood,split\nsong0.wav,sad,train\nsong1.wav,sad,train\nsong2.wav,sad,test", "mood",
+     "one class"),
+    ("unseen", "path,mood,split\nsong0.wav,a,train\nsong1.wav,b,train\nsong2.wav,c,test", "mood",
+     "not in train"),
     ("no key", "path,key\nsong0.wav,H dur\nsong1.wav,C major", "key", "no key"),
     ("empty lab", "path,chords\nsong0.wav,empty.lab\nsong1.wav,empty.lab", "chords", "empty.lab"),
     ("late lab", "path,chords\nsong0.wav,late.lab\nsong1.wav,late.lab", "chords", "but the sound ends")])
-def test_a_bad_manifest_is_refused_in_one_line_and_nothing_is_written(small_run, capsys, name, text, task, expected):
+def test_a_bad_manifest_is_refused_and_nothing_is_written(small_run, capsys, name, text, task, expected):
     (small_run / "empty.lab").write_text("")
     (small_run / "late.lab").write_text("0.0\t99.0\tC:maj\n")
     (small_run / "bad.csv").write_text(text)
     out = small_run / "never"
-    said = probe_main(capsys, small_run / "run", "--data", small_run / "bad.csv", "--task", task, "--out", out)
+    flags = "--data", small_run / "bad.csv", "--task", task, "--out", out
+    said = probe_main(capsys, small_run / "run", *flags)
     assert said.startswith("probe: ") and expected in said and not out.exists()
 
 
@@ -1084,7 +1091,8 @@ def test_probe_refuses_what_is_not_there_in_one_line(capsys, words):
 
 def test_any_callable_is_an_encoder(small_run, capsys, monkeypatch):
     (small_run / "my_encoder.py").write_text(
-        "import torch\ndef layers(wave):\n    x = wave[:, :4000 * (wave.shape[1] // 4000)].unflatten(1, (-1, 4000))\n"
+        "import torch\ndef layers(wave):\n"
+        "    x = wave[:, :4000 * (wave.shape[1] // 4000)].unflatten(1, (-1, 4000))\n"
         "    return [x[..., :8].abs(), x[..., :4]]\nlayers.rate = 8000\n")
     monkeypatch.syspath_prepend(small_run)
     monkeypatch.setattr(probe, "COUNTS", (50, 50, 50))
@@ -1097,16 +1105,19 @@ def test_any_callable_is_an_encoder(small_run, capsys, monkeypatch):
 
 
 def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
-    said = probe_main(capsys, "key", small_run / "run", small_run / "song0.wav", small_run / "song1.wav", "--csv")
+    songs = small_run / "song0.wav", small_run / "song1.wav"
+    said = probe_main(capsys, "key", small_run / "run", *songs, "--csv")
     lines = said.strip().splitlines()
     assert lines[0] == "file,major,minor,confidence" and len(lines) == 3 and "major" in lines[1]
     probe_main(capsys, "embed", small_run / "run", small_run / "song0.wav", "--out", small_run / "f.npz")
     found = np.load(small_run / "f.npz")
-    assert found["eq"].shape == (2, 2, 24) and found["times"].tolist() == [0, 4] and set(probe.READOUTS) <= set(found)
+    assert found["eq"].shape == (2, 2, 24) and found["times"].tolist() == [0, 4]
+    assert set(probe.READOUTS) <= set(found)
     with torch.no_grad():
         wave = torch.from_numpy(soundfile.read(small_run / "song0.wav", dtype="float32")[0]).view(2, 64000)
         layers = load(small_run / "run").layers(wave)
-    torch.testing.assert_close(torch.from_numpy(found["cls_avg"]), layers[:, :, :2].mean(2), rtol=1e-3, atol=1e-4)
+    average = torch.from_numpy(found["cls_avg"])
+    assert_close(average, layers[:, :, :2].mean(2), rtol=1e-3, atol=1e-4)
     probe_main(capsys, "figures", small_run / "run", small_run / "song0.wav", "--out", small_run / "fig")
     assert {p.name for p in (small_run / "fig").iterdir()} == {"ssm.png", "attention.png", "circle.png"}
 
@@ -1152,7 +1163,7 @@ def benchmark_vqt(device):
         settings = dict(sr=16000, hop_length=512, fmin=27.5, n_bins=96, gamma=0)  # it refuses bins near 8 kHz
         calls["librosa.vqt, 96 bins"] = lambda: librosa.vqt(wave.cpu().numpy(), **settings)
     with torch.no_grad():
-        race("VQT of 32 clips of 4 s, 99 bins", calls, repeats=3)
+        race("VQT of 32 clips of 4 s, 99 bins", calls, repeats=5)
 
 
 def benchmark_losses(device):
@@ -1166,7 +1177,8 @@ def benchmark_losses(device):
             labels = torch.arange(B, device=device).repeat(2)
             losses["pytorch-metric-learning"] = lambda a, b: metric.NTXentLoss(0.1)(torch.cat([a, b]), labels)
         calls = {name: lambda f=f: torch.autograd.grad(f(a, b), (a, b)) for name, f in losses.items()}
-        race(f"NT-Xent forward and backward, B = {B}, width 128", calls, repeats=3 if B > 2000 else 7)
+        repeats = 3 if B > 2000 else 9 if B > 200 else 49
+        race(f"NT-Xent forward and backward, B = {B}, width 128", calls, repeats)
     y_a, y_b = (noise(128, 12, seed=s).to(device).requires_grad_() for s in (0, 1))
     k = torch.arange(128, device=device) % 12
     calls = {name: lambda f=f: torch.autograd.grad(f(y_a.softmax(1), y_b.softmax(1), k), (y_a, y_b))
@@ -1174,8 +1186,56 @@ def benchmark_losses(device):
     race("CPSD forward and backward, B = 128", calls, repeats=99)
 
 
+MEMORY = """
+import resource, sys, time, torch, test_mt2
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
+loss = getattr(test_mt2, sys.argv[1])
+a, b = (torch.randn(int(sys.argv[2]), 128, requires_grad=True) for _ in range(2))
+torch.autograd.grad(loss(a[:600], b[:600]), (a, b))  # libraries are loaded
+before, begin = peak(), time.perf_counter()
+torch.autograd.grad(loss(a, b), (a, b))
+print(f"{peak() - before:10,.0f} MB beyond its inputs   {time.perf_counter() - begin:8.2f} s")
+"""
+
+
+def benchmark_memory():
+    """Peak memory of NT-Xent forward and backward on CPU, each in a process of its own."""
+    print("\nNT-Xent forward and backward on CPU, width 128: peak extra memory")
+    for name, B in (("autograd_nt_xent", 4096), ("nt_xent", 4096), ("nt_xent", 16384), ("nt_xent", 65536)):
+        done = python("-c", MEMORY, name, B, cwd=HERE)
+        print(f"  {name:18} B = {B:6} {(done.communicate()[0] or 'failed').strip()}", flush=True)
+
+
+def assembled(config, device):
+    """The same model from others' parts: nn.TransformerEncoder for the blocks, nnAudio for the VQT."""
+    torch.manual_seed(0)
+    net = MT2(config)
+    layer = torch.nn.TransformerEncoderLayer(config.dim, config.heads, 4 * config.dim, dropout=0.0,
+                                             activation="gelu", batch_first=True, norm_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, config.depth, enable_nested_tensor=False)
+    net.blocks = torch.nn.ModuleList([encoder])
+    front = mt2.FrontEnd()
+    vqt = importlib.import_module("nnAudio.features.cqt").CQT1992v2(
+        sr=16000, hop_length=512, fmin=27.5, n_bins=99, bins_per_octave=12, verbose=False)
+    front.vqt.magnitude = lambda wave: vqt(wave).transpose(1, 2)
+    return net.to(device).train(), front.to(device)
+
+
+def training_step(net, front, waves, data):
+    """What one step of the loop costs: spectra of the fresh tracks, then losses, backward, AdamW."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=waves.device.type != "mps")
+
+    def step():
+        front(waves)
+        optimizer.zero_grad()
+        terms = mt2.losses(net, data, seeded(0))
+        (terms["nt_xent"] + 3 * terms["cpsd"]).backward()
+        optimizer.step()
+    return step
+
+
 def benchmark_step(device):
-    """A training step without its data, as a share of the machine's own matrix products."""
+    """A training step: against the same model from others' parts, and as a share of matrix products."""
     from torch.utils.flop_counter import FlopCounterMode
     n = 8192 if device.type == "cuda" else 2048
     square = torch.randn(n, n, device=device)
@@ -1184,24 +1244,40 @@ def benchmark_step(device):
     print("  " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items()))
     with mt2.autocast(device):
         used = str((square[:2] @ square).dtype)[6:]
-    for size, batch in (("demo", 128), ("paper", 16)):
+    db = lambda *shape: (20 * torch.randn(shape, device=device) - 60).half()
+    music = lambda batch: [db(batch, 2, 126, bins) for bins in (128, 99)]
+    lightly, nnaudio = installed("lightly.loss"), installed("nnAudio.features.cqt")
+    for size, batch, fresh in (("demo", 128, 16), ("paper", 16, 2)):
         torch.manual_seed(0)
-        net = MT2(Config(size=size)).to(device).train()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=device.type != "mps")
-        data = [(20 * torch.randn(batch, 2, 126, bins, device=device) - 60).half() for bins in (128, 99)]
+        config = Config(size=size)
+        net, data, waves = MT2(config).to(device).train(), music(batch), noise(2 * fresh, 64000).to(device)
+        ours = training_step(net, mt2.FrontEnd().to(device), waves, data)
+        steps = {"mt2: spectra, losses, AdamW": ours}
+        if lightly and nnaudio:
+            other = training_step(*assembled(config, device), waves, data)
 
-        def step():
-            optimizer.zero_grad()
-            terms = mt2.losses(net, data, seeded(0))
-            (terms["nt_xent"] + 3 * terms["cpsd"]).backward()
-            optimizer.step()
+            def theirs(kept=(mt2.nt_xent, mt2.cpsd)):
+                mt2.nt_xent, mt2.cpsd = lambda a, b, t: lightly.NTXentLoss(t)(a, b), complex_cpsd
+                other()
+                mt2.nt_xent, mt2.cpsd = kept
+            steps["the same from others' parts"] = theirs
         with FlopCounterMode(display=False) as counter:
-            step()
-        flop = counter.get_total_flops()
-        seconds = race(f"training step, {size}, batch {batch}", {"losses, backward, AdamW": step}, repeats=5)
-        rate = flop / list(seconds.values())[0]
+            ours()
+        medians = race(f"training step, {size}, batch {batch}, {fresh} fresh tracks", steps, repeats=5)
+        flop, seconds = counter.get_total_flops(), list(medians.values())[0]
+        rate = flop / seconds
         print(f"  {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s: {rate / rates[used]:.0%} of the "
-              f"{used} matrix product; {batch * rate / flop:,.0f} tracks/s")
+              f"{used} matrix product; {batch / seconds:,.0f} tracks/s")
+    print("\ncost of losses and backward, demo width: ms per track")
+    for depth in (3, 6, 12):
+        net, costs = MT2(Config(depth=depth)).to(device).train(), []
+        for batch in (32, 128, 512):
+            step, data = training_step(net, torch.nn.Identity(), noise(1).to(device), music(batch)), []
+            step()
+            begin = time.perf_counter()
+            step()
+            costs.append(f"batch {batch} {1000 * (time.perf_counter() - begin) / batch:6.2f}")
+        print(f"  depth {depth:2}: " + ", ".join(costs), flush=True)
 
 
 def benchmark():
@@ -1209,6 +1285,7 @@ def benchmark():
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; x: times the first")
     benchmark_vqt(device)
     benchmark_losses(device)
+    benchmark_memory()
     benchmark_step(device)
 
 
