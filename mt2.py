@@ -77,7 +77,7 @@ class Config:
     eq_weight: float = knob(3.0, "weight of CPSD beside NT-Xent; ours", 0)
     lr: float = knob(None, "peak learning rate; ours", 0)
     warmup: int = knob(50, "steps of linear warm-up; ours", 1)
-    fresh: int = knob(16, "new tracks per step; the rest of a batch is drawn from the pool; ours", 1)
+    fresh: int = knob(12, "new tracks per step; the rest of a batch is drawn from the pool; ours", 1)
     pool: int = knob(2048, "tracks that the pool remembers; ours", 1)
     easy: float = knob(0.35, "share of the run with easy music before an equal ramp to rich; ours", 0, 0.5)
     gap: float = knob(30.0, "seconds between the starts of segments A and B of a file, at most; ours", 0)

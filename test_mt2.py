@@ -2,6 +2,7 @@
 
 As a script, python test_mt2.py prints benchmark tables instead: this code against peers that are installed
 (nnAudio, librosa, lightly, pytorch-metric-learning) and against the machine's own matrix product."""
+import ast
 import dataclasses
 import importlib
 import json
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ from mt2 import (MT2, VQT, AudioFolder, Config, SyntheticMusic, TUNe, calibrate,
 HERE = Path(__file__).resolve().parent
 TINY = dict(dim=24, depth=1, heads=2, frames=6, batch=4, fresh=2, pool=12, steps=8, save_every=3, warmup=2,
             workers=0, device="cpu")
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--out=run"]
 VALID = [("eq,con", "mel,vqt"), ("eq,con", "vqt"), ("eq", "mel,vqt"), ("eq", "vqt"),
          ("con", "mel,vqt"), ("con", "mel"), ("con", "vqt")]  # tasks and inputs that go together
 FEW = """
@@ -459,6 +462,27 @@ def test_silent_passages_lost_files_and_links_in_circles_do_no_harm(tmp_path):
     assert {folder.pair(i % 2, seeded(i)).shape for i in range(20)} == {(2, 64000)}
 
 
+def test_ten_thousand_files_are_listed_in_seconds_and_none_is_opened(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "0.wav", noise(64000).numpy(), 16000)
+    for i in range(1, 10_000):
+        os.link(tmp_path / "0.wav", tmp_path / f"{i}.wav")
+    begin = time.perf_counter()
+    with monkeypatch.context() as patch:
+        patch.setattr(soundfile, "SoundFile", None)  # a call would raise
+        folder = AudioFolder(tmp_path)
+    assert len(folder) == 10_000 and time.perf_counter() - begin < 5
+    assert folder.pair(9_999, seeded(0)).shape == (2, 64000) and not folder.skipped
+
+
+def test_a_bad_file_is_replaced_by_any_other_not_by_its_neighbour(tmp_path):
+    (tmp_path / "0.wav").write_text("words")
+    for i in range(1, 6):
+        soundfile.write(tmp_path / f"{i}.wav", torch.full((64000,), i / 10).numpy(), 16000)
+    folder, g = AudioFolder(tmp_path), seeded(0)
+    drawn = torch.stack([folder.pair(0, g)[0, 0] for _ in range(100)]).mul(10).round()
+    assert torch.bincount(drawn.long(), minlength=6)[1:].min() >= 8
+
+
 def test_missing_empty_and_unusable_folders_are_named(tmp_path):
     for root in (tmp_path / "missing", tmp_path):
         with pytest.raises(FileNotFoundError, match=re.escape(str(root))):
@@ -819,6 +843,15 @@ def test_ten_broken_steps_in_a_row_stop_the_run_with_a_good_save(tmp_path):
     assert load(tmp_path)(noise(1, 64000)).y.isfinite().all()
 
 
+def test_bf16_and_float32_agree_within_three_percent_over_a_short_run(tmp_path, monkeypatch):
+    logs = []
+    for enabled in (False, True):
+        monkeypatch.setattr(mt2, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16, enabled=enabled))
+        logs.append(log_of(train(tiny(tmp_path / str(enabled), batch=12, fresh=6)))[:, 1:4])
+    assert abs(logs[0] - logs[1]).max() > 0
+    np.testing.assert_allclose(*logs, rtol=0.03)
+
+
 def test_every_step_sees_a_whole_batch_whatever_the_pool(tmp_path):
     sizes = []
     with pytest.MonkeyPatch.context() as patch:
@@ -896,9 +929,31 @@ def test_losses_of_two_ranks_equal_one_process_in_value_and_gradient(two_ranks):
     assert_close(sum(rank["losses"] for rank in ranks) / 2, torch.stack(whole).detach())
 
 
+def torchrun(*words, **more):
+    """Two ranks on this machine -> exit status, what they said, errors."""
+    launch = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *words, **more)
+    said, errors = launch.communicate(timeout=100)
+    return launch.returncode, said, errors
+
+
+def test_a_run_of_one_process_goes_on_with_two(tmp_path):
+    interrupted(tiny(tmp_path / "run"), 5)
+    code, said, errors = torchrun(HERE / "mt2.py", *FLAGS, cwd=tmp_path)
+    assert code == 0 and "steps 3 to 8" in said and "Traceback" not in errors, errors
+    assert [int(row[0]) for row in log_of(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_dying_rank_ends_the_job_with_a_message(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, sys, mt2\nreal = mt2.losses\n"
+        "def losses(*given):\n    if os.environ['RANK'] == '1':\n        sys.exit('rank 1 fell')\n"
+        "    return real(*given)\nmt2.losses = losses\nmt2.main()\n")
+    code, _, errors = torchrun(tmp_path / "script.py", *FLAGS, cwd=tmp_path)
+    assert code != 0 and "rank 1 fell" in errors
+
+
 # ---- The command line ------------------------------------------------------------------------------------
 
-FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--out=run"]
 BAD = ["--steps 0", "--steps many", "--batch 1", "--size huge", "--tasks key", "--tasks con,eq",
        "--tasks=", "--inputs cqt", "--inputs mel --tasks eq", "--inputs wave --tasks con",
        "--encoder cnn", "--expansion 5", "--device tpu", "--dim 100 --heads 3", "--heads 0", "--dim 0",
@@ -1104,6 +1159,73 @@ def test_any_callable_is_an_encoder(small_run, capsys, monkeypatch):
         ("key", "seq_avg", 0), ("key", "seq_avg", 1), ("chord", "seq", 0), ("chord", "seq", 1)}
 
 
+def hidden(wave):
+    """Four layers of a 50 Hz encoder for waves at 24 kHz."""
+    assert wave.shape[1] == 4 * 24000, "not resampled to the encoder's rate"
+    frames = wave.unflatten(1, (200, 480))
+    return [(layer + 1) * frames[..., :8] for layer in range(4)]
+
+
+class Foreign(torch.nn.Module):
+    """Stands for MuQ, transformers' AutoModel and MusicFM25Hz, as their packages define them."""
+
+    def __init__(self, *args, **how):
+        super().__init__()
+        self.how = how
+
+    @classmethod
+    def from_pretrained(cls, folder, **how):
+        assert Path(folder).is_dir() and not how.get("trust_remote_code")
+        return cls()
+
+    def forward(self, wave, output_hidden_states=False):
+        assert output_hidden_states
+        return types.SimpleNamespace(hidden_states=tuple(hidden(wave)))
+
+    def get_predictions(self, wave):
+        assert Path(self.how["stat_path"]).is_file() and Path(self.how["model_path"]).is_file()
+        return None, hidden(wave)
+
+
+class Extractor:
+    """Stands for transformers' Wav2Vec2FeatureExtractor."""
+    sampling_rate = 24000
+    from_pretrained = classmethod(lambda cls, folder: cls())
+
+    def __call__(self, waves, sampling_rate):
+        return {"input_values": [(w - w.mean()) / (w.std() + 1e-7) for w in waves]}
+
+
+@pytest.mark.parametrize("kind, module, content", [
+    ("muq", "muq", dict(MuQ=Foreign)),
+    ("mert", "transformers", dict(AutoModel=Foreign, Wav2Vec2FeatureExtractor=Extractor)),
+    ("musicfm", "musicfm.model.musicfm_25hz", dict(MusicFM25Hz=Foreign))])
+def test_foreign_encoders_are_called_as_their_packages_want_and_give_every_layer(
+        kind, module, content, monkeypatch, tmp_path):
+    for i in range(module.count(".") + 1):
+        name = ".".join(module.split(".")[:i + 1])
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    vars(sys.modules[module]).update(content)
+    (tmp_path / "msd_stats.json").write_text("{}")
+    (tmp_path / "weights.pt").write_bytes(b"")
+    found = probe.of_package(f"{kind}:{tmp_path}", "cpu")(noise(2, 64000))
+    assert found["seq_avg"].shape == (4, 2, 8) and found["seq"].shape == (4, 2, 126, 8)
+    assert_close(found["seq"][3], 4 * found["seq"][0])
+
+
+def test_muq_itself_runs_with_random_weights(tmp_path):
+    muq, transformers = pytest.importorskip("muq"), pytest.importorskip("transformers")
+    plain = transformers.Wav2Vec2ConformerConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128,
+                                                 position_embeddings_type="rotary").to_dict()
+    plain = {k: v for k, v in plain.items() if isinstance(v, (int, float, str, list, type(None)))}
+    config = muq.MuQConfig(encoder_depth=3, encoder_dim=64, conv_dim=32,
+                           w2v2_config=plain | {"_attn_implementation": "eager"},
+                           stat={"melspec_2048_mean": 0.0, "melspec_2048_std": 1.0})
+    muq.MuQ(config).save_pretrained(tmp_path)
+    found = probe.of_package(f"muq:{tmp_path}", "cpu")(noise(2, 64000))
+    assert found["seq_avg"].shape == (4, 2, 64) and found["seq"].isfinite().all()
+
+
 def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     songs = small_run / "song0.wav", small_run / "song1.wav"
     said = probe_main(capsys, "key", small_run / "run", *songs, "--csv")
@@ -1120,6 +1242,77 @@ def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     assert_close(average, layers[:, :, :2].mean(2), rtol=1e-3, atol=1e-4)
     probe_main(capsys, "figures", small_run / "run", small_run / "song0.wav", "--out", small_run / "fig")
     assert {p.name for p in (small_run / "fig").iterdir()} == {"ssm.png", "attention.png", "circle.png"}
+
+
+# ---- README ----------------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+PIECES = {  # how a copied piece is used
+    "nt_xent": lambda copy: copy["nt_xent"](noise(4, 8), noise(4, 8, seed=1)).isfinite(),
+    "cpsd": lambda copy: copy["cpsd"](torch.eye(12), torch.eye(12).roll(3, 1), 3) < 1e-9,
+    "VQT": lambda copy: copy["VQT"]()(noise(1, 64000)).shape == (1, 126, 99),
+    "MT2": lambda copy: copy["MT2"](copy["Config"]())(noise(2, 64000)).y.shape == (2, 12),
+    "TUNe": lambda copy: copy["TUNe"](tiny(encoder="tune"))(noise(2, 64000)).shape == (2, 64),
+    "SyntheticMusic": lambda copy: copy["SyntheticMusic"](0).batch(1, 0)[0].shape == (1, 2, 64000)}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_piece_works_alone_when_copied_as_the_readme_says(piece):
+    line = next(line for line in README.splitlines() if line.startswith(f"| `{piece}` |"))
+    *names, imports = re.findall("`(.+?)`", line)
+    whole, copy = ast.parse((HERE / "mt2.py").read_text()), {"__name__": "pasted"}
+    defined = lambda node: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} if isinstance(
+        node, ast.Assign) else {getattr(node, "name", None)}
+    parts = [node for node in whole.body if defined(node) & set(names)]
+    sys.modules["pasted"] = types.ModuleType("pasted")  # dataclasses look their module up
+    exec(imports + "\n" + ast.unparse(ast.Module(parts, [])), copy)
+    assert PIECES[piece](copy)
+
+
+def test_the_readme_python_block_runs(small_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(small_run / "run")
+    for block in re.findall("```python\n(.*?)```", README, re.S):
+        exec(block, {})
+
+
+COMMANDS = [words for words in (line.split("#")[0].split() for line in README.splitlines())
+            if words and words[0] in ("python", "torchrun") and len(words) > 1]
+
+
+@pytest.fixture(scope="module")
+def newcomer(small_run, tmp_path_factory):
+    """A folder with everything that the README's commands name."""
+    home = tmp_path_factory.mktemp("home")
+    train(tiny(home / "runs" / "demo", steps=1))
+    (home / "my_music").mkdir()
+    for name in ("song.ogg", "other.mp3", "my_music/a.flac", "my_music/b.wav", "c.wav", "d.wav"):
+        soundfile.write(home / name, soundfile.read(small_run / "song0.wav")[0], 16000)
+    rows = [f"{name},{label},g{label[0]},song.lab\n" for name, label in
+            zip(("song.ogg", "other.mp3", "c.wav", "d.wav"), ("C major", "A minor", "C major", "A minor"))]
+    (home / "manifest.csv").write_text("path,key,genre,chords,split\n" + "".join(
+        row.replace("\n", f",{part}\n") for row, part in zip(rows, ("train", "train", "test", "test"))))
+    (home / "song.lab").write_text("0 4 C:maj\n4 8 A:min\n")
+    (home / "my_module.py").write_text("my_encoder = lambda wave: [wave[:, :63488].unflatten(1, (-1, 512))]\n")
+    return home
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_of_the_readme_runs(words, newcomer, monkeypatch, capsys):
+    monkeypatch.chdir(newcomer)
+    monkeypatch.syspath_prepend(newcomer)
+    monkeypatch.setattr(probe, "COUNTS", (50, 50, 50))
+    monkeypatch.setattr(probe, "LOCAL", (50, 50, 50))
+    monkeypatch.setattr(mt2, "Config", lambda **how: tiny(**how)) if "ablation" in words else None
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    flags = words[script + 1:]
+    if words[script] == "mt2.py":  # torchrun: in one process here, the ranks have tests of their own
+        code, lines = run_main(monkeypatch, capsys, *flags, *FLAGS[:-1])
+        assert code == 0, lines
+    elif words[script] == "probe.py":
+        said = probe_main(capsys, *flags, *(["--steps", 1, "--seeds", 1] if "ablation" in flags else []))
+        assert not said.startswith("probe: "), said
 
 
 # ---- Benchmark: python test_mt2.py -----------------------------------------------------------------------
@@ -1280,6 +1473,25 @@ def benchmark_step(device):
         print(f"  depth {depth:2}: " + ", ".join(costs), flush=True)
 
 
+def benchmark_probe(device):
+    """65 probes (13 layers x 5 readouts, 800 clips of width 192, 24 classes) at once, and one by one."""
+    x, y = noise(65, 800, 192).to(device), torch.eye(24, device=device)[torch.arange(800) % 24]
+
+    def recipe():  # of the papers: 50 epochs x 128 steps of AdamW, batch 128, for each probe
+        layer = torch.nn.Linear(192, 24).to(device)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+        for step in range(6400):
+            rows = torch.randint(800, (128,), device=device)
+            optimizer.zero_grad()
+            F.cross_entropy(layer(x[0, rows]), y[rows]).backward()
+            optimizer.step()
+    fit = lambda part: probe.fit(part, y, False, l2=(0.01,))
+    seconds = race("65 linear probes", {"at once": lambda: fit(x), "the same solver, one by one": lambda: [
+        fit(x[g:g + 1]) for g in range(65)], "1 of 65 by the papers' recipe": recipe}, repeats=2)
+    times = [*seconds.values()]
+    print(f"  all 65 by the papers' recipe: {65 * times[2]:.0f} s, {65 * times[2] / times[0]:.0f} times as long")
+
+
 def benchmark():
     device = mt2.pick_device("auto")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; x: times the first")
@@ -1287,6 +1499,7 @@ def benchmark():
     benchmark_losses(device)
     benchmark_memory()
     benchmark_step(device)
+    benchmark_probe(device)
 
 
 if __name__ == "__main__":
