@@ -33,9 +33,7 @@ import torchaudio
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------
-# Config: every number that a run depends on; each field is a command-line flag
-# ---------------------------------------------------------------------------------------------------------
+# ---- Config: every number that a run depends on; each field is a command-line flag ----------------------
 
 SAMPLE_RATE, SECONDS, HOP = 16000, 4.0, 512  # the paper's input: 4 s of mono sound at 16 kHz
 SAMPLES = int(SAMPLE_RATE * SECONDS)         # 64,000 samples
@@ -113,9 +111,7 @@ class Config:
             raise ValueError(f"--dim {self.dim} cannot be divided among --heads {self.heads}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Wave -> spectrogram
-# ---------------------------------------------------------------------------------------------------------
+# ---- Wave -> spectrogram --------------------------------------------------------------------------------
 
 def unit_range(db, floor=80.0):
     """dB [B, F, bins] -> [0, 1]: dB below the clip's own loudest bin, 80 dB floor, then dB/80 + 1.
@@ -217,9 +213,7 @@ def crop(vqt, offset):
     return vqt.gather(2, bins[:, None].expand(-1, vqt.shape[1], -1))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Spectrogram -> patches -> transformer -> class tokens
-# ---------------------------------------------------------------------------------------------------------
+# ---- Spectrogram -> patches -> transformer -> class tokens ----------------------------------------------
 
 class Block(nn.Module):
     """Pre-norm transformer block (ViT) [B, N, D] -> [B, N, D]: x + attention(norm(x)), x + mlp(norm(x))."""
@@ -443,9 +437,7 @@ class TUNe(nn.Module):
         return self.head_con(self.layers(wave)[-1].mean(1))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------
+# ---- Losses ---------------------------------------------------------------------------------------------
 
 def world_size():
     """Processes that train together."""
@@ -502,7 +494,7 @@ class NTXent(torch.autograd.Function):
 
         Cosines s are at most 1, so that exp never overflows and no row maximum is needed."""
         first, t = i if ctx.whole else 0, ctx.temperature
-        e = torch.addmm(z.new_tensor(-1 / t), z[i:i + ctx.block], columns[first:].T, alpha=1 / t).exp_()
+        e = torch.addmm(z.new_full((), -1 / t), z[i:i + ctx.block], columns[first:].T, alpha=1 / t).exp_()
         own = i - first if ctx.whole else i + dist.get_rank() * len(z)
         e.diagonal(own).zero_()  # no clip is its own negative
         return e
@@ -557,9 +549,7 @@ def cpsd(y_a, y_b, k, omega=7):
     return ((angle.cos() - re).square() + (angle.sin() - im).square()).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Data: generated music (ours throughout)
-# ---------------------------------------------------------------------------------------------------------
+# ---- Data: generated music (ours throughout) ------------------------------------------------------------
 
 INSTRUMENTS = {
     # harmonics fall as h^-slope, even ones times `even`, around a formant in Hz (0: none); attack s, decay s,
@@ -817,9 +807,7 @@ class SyntheticMusic:
         return waves
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Data: a folder of music
-# ---------------------------------------------------------------------------------------------------------
+# ---- Data: a folder of music ----------------------------------------------------------------------------
 
 class AudioFolder(Dataset):
     """Two random segments [2, samples] of each track (file) below `root`: wav, flac, ogg, mp3 of any kind.
@@ -917,9 +905,7 @@ class Stream(Dataset):
         return [x.half().unflatten(0, (-1, 2)) for x in features], self.folder.skipped if self.folder else {}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What y says without labels, and whether it is key: the shortcut monitor
-# ---------------------------------------------------------------------------------------------------------
+# ---- What y says without labels, and whether it is key: the shortcut monitor ----------------------------
 
 def pitch_fork():
     """A synthesised cadence I IV V I in C major [1, 64000]: as crops transpose it, y must rotate."""
@@ -995,9 +981,7 @@ def verdict(m):
     return f"{words}; label-free key signature {m['exact']:.2f}, {m['fifth']:.2f} within a fifth"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------
+# ---- The loop -------------------------------------------------------------------------------------------
 
 def learning_rate(step, config):
     """Linear warm-up, then a cosine down to 5 % of the peak."""
@@ -1303,9 +1287,7 @@ def run(config, told):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------
+# ---- The command line -----------------------------------------------------------------------------------
 
 def main():
     """One flag per field of Config."""

@@ -702,21 +702,29 @@ def command_embed(args):
     write(args.out or "features.npz", buffer.getvalue())
 
 def command_key(args):
-    """Key signatures of songs without labels: the phase of y at five crops, calibrated by generated music."""
-    device, crops, lines = mt2.pick_device(args.device), (2, 5, 8, 11, 14), []
+    """Key signatures of songs without labels: the phase of y at five crops, calibrated by generated music.
+    With --data the songs of a manifest, and how many agree with its column `key`."""
+    device, crops, lines, away = mt2.pick_device(args.device), (2, 5, 8, 11, 14), [], []
+    need(bool(args.file) != bool(args.data), "key: name sound files, or a manifest with --data")
+    files, truth, _ = manifest(args.data, ["key"], 0) if args.data else (args.file, {}, None)
     model = mt2.load(args.run, device)
     need("eq" in model.class_tokens, f"{args.run}: has no equivariant token, so it cannot tell keys")
     c_major = mt2.calibrate(model, device, crops)
-    for file in tqdm(args.file, "files", disable=None, leave=False):
+    for i, file in enumerate(tqdm(files, "files", disable=None, leave=False)):
         phasor = mt2.key_phase(model, cut(file).to(device), crops)  # [crops, windows]
         tonic = int(mt2.key_signature(phasor.mean(), c_major))
         sure = phasor.sgn().mean().abs().item()  # 1 if all windows and crops agree
         lines.append((file, KEYS[tonic], KEYS[12 + (tonic + 9) % 12], f"{sure:.2f}"))
+        if truth:
+            away.append(7 * (tonic - truth["key"][i] - 3 * (truth["key"][i] > 11)) % 12)  # in fifths
     if args.csv:
         header = "file", "major", "minor", "confidence"
         csv.writer(sys.stdout, lineterminator="\n").writerows([header, *lines])
     for file, major, minor, sure in () if args.csv else lines:
         print(f"{major + ' or ' + minor:20} confidence {sure}  {file}")
+    if truth:
+        exact, fifth = (np.isin(away, near).mean() for near in ((0,), (0, 1, 11)))
+        print(f"{exact:.3f} right, {fifth:.3f} within a fifth, of {len(away)} files", file=sys.stderr)
 
 def command_figures(args):
     """ssm.png, attention.png and, with an equivariant token, circle.png of a sound file's first minute."""
@@ -745,7 +753,7 @@ FLAGS = {
     "--device": dict(default="auto", help="auto, cpu, cuda or mps")}
 COMMANDS = {
     "table": (command_table, "run --encoder --data --task --mix --seed --out --download --trust-remote-code"),
-    "key": (command_key, "run file --csv"), "embed": (command_embed, "run file --out"),
+    "key": (command_key, "run file --data --csv"), "embed": (command_embed, "run file --out"),
     "figures": (command_figures, "run file --out"),
     "ablation": (command_ablation, "--steps --seeds --data --task --mix --seed --out")}
 
@@ -764,8 +772,8 @@ def main(words=None):
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(function=function)
         for flag in (*flags.split(), "--device"):
-            many = {"table run": dict(nargs="*"), "figures file": dict(nargs=1)}.get(f"{name} {flag}", {})
-            command.add_argument(flag, **FLAGS[flag] | many)
+            many = {"table run": "*", "key file": "*", "figures file": 1}.get(f"{name} {flag}")
+            command.add_argument(flag, **FLAGS[flag] | ({"nargs": many} if many else {}))
     args = parser.parse_args(words)
     warnings.filterwarnings("ignore", module="mir_eval")  # an empty estimate scores 0, and needs no comment
     try:

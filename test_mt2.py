@@ -1226,6 +1226,18 @@ def test_muq_itself_runs_with_random_weights(tmp_path):
     assert found["seq_avg"].shape == (4, 2, 64) and found["seq"].isfinite().all()
 
 
+def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monkeypatch):
+    monkeypatch.setattr(mt2, "calibrate", lambda *_: torch.tensor(1 + 0j))
+    monkeypatch.setattr(mt2, "key_phase", lambda *_: torch.ones(5, 2, dtype=torch.cfloat))  # all is C major
+    keys = ("C major", "A minor", "G major", "F# major")
+    lines = "path,key", *(f"song{i}.wav,{key}" for i, key in enumerate(keys))
+    (small_run / "keys.csv").write_text("\n".join(lines))
+    probe.main(["key", str(small_run / "run"), "--data", str(small_run / "keys.csv"), "--csv"])
+    said = capsys.readouterr()
+    assert said.out.count("C major,A minor,1.00") == 4
+    assert "0.500 right, 0.750 within a fifth, of 4 files" in said.err
+
+
 def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     songs = small_run / "song0.wav", small_run / "song1.wav"
     said = probe_main(capsys, "key", small_run / "run", *songs, "--csv")
@@ -1294,7 +1306,8 @@ def newcomer(small_run, tmp_path_factory):
     (home / "manifest.csv").write_text("path,key,genre,chords,split\n" + "".join(
         row.replace("\n", f",{part}\n") for row, part in zip(rows, ("train", "train", "test", "test"))))
     (home / "song.lab").write_text("0 4 C:maj\n4 8 A:min\n")
-    (home / "my_module.py").write_text("my_encoder = lambda wave: [wave[:, :63488].unflatten(1, (-1, 512))]\n")
+    encoder = "my_encoder = lambda wave: [wave[:, :63488].unflatten(1, (-1, 512))]\n"
+    (home / "my_module.py").write_text(encoder)
     return home
 
 
@@ -1489,7 +1502,8 @@ def benchmark_probe(device):
     seconds = race("65 linear probes", {"at once": lambda: fit(x), "the same solver, one by one": lambda: [
         fit(x[g:g + 1]) for g in range(65)], "1 of 65 by the papers' recipe": recipe}, repeats=2)
     times = [*seconds.values()]
-    print(f"  all 65 by the papers' recipe: {65 * times[2]:.0f} s, {65 * times[2] / times[0]:.0f} times as long")
+    ratio = 65 * times[2] / times[0]
+    print(f"  all 65 by the papers' recipe: {65 * times[2]:.0f} s, {ratio:.0f} times as long")
 
 
 def benchmark():
