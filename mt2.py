@@ -355,15 +355,19 @@ class MT2(nn.Module):
         """Wave [B, T] at 16 kHz, at most 4 s -> [depth + 1, B, n_cls + F, D]; offset of the crop: int or [B],
         None for the middle.
 
-        As in training, the equivariant token comes from a pass without mel, all others see both branches."""
+        As in training, the equivariant token comes from a pass without mel, the contrastive one from a pass with
+        both branches. Sequence tokens are the mean of both passes (ours; measured, one run: a chord probe reads
+        .77 from it, .67 from the pass with mel)."""
         mel, vqt = self.features(wave)
         offset = torch.as_tensor(N_OFFSETS // 2 if offset is None else offset, device=wave.device)
         vqt = crop(vqt, offset.expand(len(wave)))
+        if not self.hides_mel:
+            return self.encode(mel, vqt)
+        blind, n = self.encode(mel, vqt, torch.zeros(len(wave), device=wave.device)), len(self.class_tokens)
+        if "con" not in self.class_tokens:  # mel was never shown
+            return blind
         x = self.encode(mel, vqt)
-        if self.hides_mel:
-            blind = self.encode(mel, vqt, torch.zeros(len(wave), device=wave.device))
-            x = torch.cat([blind[:, :, :1], x[:, :, 1:]], dim=2)  # eq comes first
-        return x
+        return torch.cat([blind[:, :, :1], x[:, :, 1:n], (blind + x)[:, :, n:] / 2], dim=2)  # eq comes first
 
     def pitch(self, wave, offsets=(N_OFFSETS // 2,)):
         """y alone at several crops, with one front end for all: wave [B, T] -> [len(offsets), B, 12]."""
