@@ -546,9 +546,10 @@ def cpsd(y_a, y_b, k, omega=7):
 
     y_a, y_b [B, 12] probabilities; k int or [B]: b looks k semitones higher than a. 0 if b is a rolled by k
     and both are one-hot, 1 if one is uniform. In real arithmetic, so that it compiles; in float32."""
-    y_a, y_b = (y.float() if y.element_size() < 4 else y for y in (y_a, y_b))
-    (a_re, a_im), (b_re, b_im) = phase(y_a, omega).unbind(-1), phase(y_b, omega).unbind(-1)
-    angle = 2 * math.pi * omega / 12 * torch.as_tensor(k, device=y_a.device).to(y_a.dtype)
+    y = torch.stack([y_a, y_b])
+    y = y.float() if y.element_size() < 4 else y
+    (a_re, b_re), (a_im, b_im) = phase(y, omega).unbind(-1)  # [2, B] each
+    angle = 2 * math.pi * omega / 12 * torch.as_tensor(k, device=y.device).to(y.dtype)
     re, im = a_re * b_re + a_im * b_im, a_im * b_re - a_re * b_im  # yhat_a conj(yhat_b)
     return ((angle.cos() - re).square() + (angle.sin() - im).square()).mean()
 
