@@ -74,11 +74,11 @@ def attention(model, wave):
     """Attention to frames by class tokens and, on average, by frames: {name: [blocks, B, heads, frames]}."""
     inputs, n = [], len(model.class_tokens)
     hooks = [b.register_forward_pre_hook(lambda block, x: inputs.append((block, *x))) for b in model.blocks]
-    model.layers(wave)  # all blocks with mel, then perhaps all of them without, for the equivariant token
+    model.layers(wave)  # all blocks without mel where that is hidden from eq, then all blocks with it
     [hook.remove() for hook in hooks]
     maps = torch.stack([block.attention(x)[..., n:] for block, x in inputs]).unflatten(0, (-1, len(hooks)))
-    paid = {name: maps[-(name == "eq"), ..., i, :] for i, name in enumerate(model.class_tokens)}
-    return paid | {"seq": maps[0, ..., n:, :].mean(3)}
+    paid = {name: maps[0 if name == "eq" else -1, ..., i, :] for i, name in enumerate(model.class_tokens)}
+    return paid | {"seq": maps.mean(0)[..., n:, :].mean(3)}
 
 def of_attention(model):
     """Emergent onsets: the rise of the attention to a frame, {name: [blocks x heads, B, frames, 1]}."""

@@ -734,6 +734,21 @@ def test_a_run_on_a_folder_that_died_goes_on_as_if_unbroken_with_or_without_work
         assert_equal_runs(train(config), whole)
 
 
+def test_kill_9_at_random_moments_costs_nothing(songs, tmp_path):
+    more = dict(data=str(songs), easy=0.2, steps=24, workers=1, tasks="con")  # con: no monitor, so quick
+    whole, log = train(tiny(tmp_path / "whole", **more)), tmp_path / "run" / "log.csv"
+    flags = [f"--{name}={value}" for name, value in more.items()]
+    for rows in (1, 9, 16, 99):  # killed a random moment after so many rows of the log; at last not at all
+        run = python(HERE / "mt2.py", *FLAGS, *flags, cwd=tmp_path)
+        while run.poll() is None and (not log.exists() or log.read_text().count("\n") <= rows):
+            time.sleep(0.01)
+        time.sleep(random.random() / 20)
+        run.kill()
+        run.communicate(timeout=60)
+    np.testing.assert_allclose(log_of(tmp_path / "run"), log_of(whole), rtol=1e-5, atol=1e-6)
+    assert_close(weights(tmp_path / "run"), weights(whole), rtol=1e-5, atol=1e-6)
+
+
 def test_ctrl_c_that_reaches_the_workers_too_costs_nothing(songs, tmp_path):
     def interrupt(n, batch):
         for worker in multiprocessing.active_children() if n == 2 else ():
@@ -1066,6 +1081,17 @@ def test_a_probe_finds_what_was_planted_and_nothing_in_noise():
     predict, loss, _ = probe.probe(x[:, :300], target[:300], x[:, 300:450], target[300:450], False)
     right = (predict(x[:, 450:]).argmax(-1) == y[450:]).float().mean(1)
     assert right[0] < 0.5 and right[1] > 0.8 and loss[1] < loss[0]
+
+
+def test_attention_is_that_of_the_pass_that_a_token_comes_from():
+    net, wave = model(), noise(2, 64000)
+    before = probe.attention(net, wave)
+    assert before["eq"].shape == before["seq"].shape == (1, 2, 2, 126)  # [blocks, B, heads, frames]
+    other_mel = lambda module, given, out: (out[0] + 20 * noise(2, 126, 128, seed=5), out[1])
+    net.front_end.register_forward_hook(other_mel)
+    after = probe.attention(net, wave)
+    assert torch.equal(before["eq"], after["eq"])
+    assert all((before[name] - after[name]).abs().max() > 1e-5 for name in ("con", "seq"))
 
 
 def test_average_precision_and_auc_equal_scikit_learn_with_ties_and_skip_absent_tags():
