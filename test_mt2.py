@@ -1,4 +1,4 @@
-"""Tests of mt2.py, each named after its claim: python -m pytest -q test_mt2.py (about 80 s on two CPU cores).
+"""Tests of mt2.py, each named after its claim: python -m pytest -q test_mt2.py (2 minutes on 2 CPU cores).
 
 As a script, python test_mt2.py prints benchmark tables instead: this code against peers that are installed
 (nnAudio, librosa, lightly, pytorch-metric-learning) and against the machine's own matrix product."""
