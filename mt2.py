@@ -64,22 +64,22 @@ class Config:
     batch: int = knob(128, "tracks per step and process (paper: 128)", 2)
     seed: int = knob(0, "of weights, music and views", 0, 2 ** 17)
     device: str = knob("auto", "auto | cpu | cuda | mps")
-    dim: int = knob(None, "width of a token (paper: 192)", 1)
-    depth: int = knob(None, "transformer blocks (paper: 12)", 1)
-    heads: int = knob(None, "attention heads (paper: 3)", 1)
-    proj_dim: int = knob(64, "width of the contrastive embedding z; ours", 1)
+    dim: int = knob(None, "width of a token (paper: 192)", 1, 1e5)
+    depth: int = knob(None, "transformer blocks (paper: 12)", 1, 1e3)
+    heads: int = knob(None, "attention heads (paper: 3)", 1, 1e3)
+    proj_dim: int = knob(64, "width of the contrastive embedding z; ours", 1, 1e5)
     frames: int = knob(None, "random frames of a segment that a training view keeps; ours", 1, FRAMES)
     eq_db: float = knob(4.0, "random EQ of each view: std in dB of each octave's knot; ours", 0, 40)
     hide_mel: int = knob(1, "1: equivariant views see no mel, which would leak absolute pitch; ours", 0, 1)
-    temperature: float = knob(0.1, "of NT-Xent (paper: 0.1)", 0.01)
-    eq_weight: float = knob(3.0, "weight of CPSD beside NT-Xent; ours", 0)
-    lr: float = knob(None, "peak learning rate; ours", 0)
+    temperature: float = knob(0.1, "of NT-Xent (paper: 0.1)", 0.01, 1e3)
+    eq_weight: float = knob(3.0, "weight of CPSD beside NT-Xent; ours", 0, 1e6)
+    lr: float = knob(None, "peak learning rate; ours", 0, 1e3)
     warmup: int = knob(50, "steps of linear warm-up; ours", 1)
     fresh: int = knob(12, "new tracks per step; the rest of a batch is drawn from the pool; ours", 1)
     pool: int = knob(2048, "tracks that the pool remembers; ours", 1)
     easy: float = knob(0.35, "share of the run with easy music before an equal ramp to rich; ours", 0, 0.5)
     gap: float = knob(30.0, "seconds between the starts of segments A and B of a file, at most; ours", 0)
-    workers: int = knob(-1, "processes that make music; -1: half of the cores (on CUDA the GPU does)", -1)
+    workers: int = knob(-1, "processes that make music; -1: half of the cores (CUDA: the GPU)", -1, 1e3)
     save_every: int = knob(250, "steps between saves", 1)
 
     def __post_init__(self):
@@ -806,16 +806,16 @@ class SyntheticMusic:
         rows = len(env) if dev.type == "cuda" else 2  # a track stays in a CPU's cache: 2.5 times as fast
         for i in range(0, len(env), rows):
             j = slice(i, i + rows)
-            at = torch.addcmul(first[j], step[j], ramp).frac_().mul_(TABLE).long().add_(shade[j])
+            sample = torch.addcmul(first[j], step[j], ramp).frac_().mul_(TABLE).long().add_(shade[j])
             table = tables[i // 2:(i + rows) // 2, PARTS + (3,)].repeat_interleave(2, 0)
-            waves[j] += table.gather(2, at.flatten(2)).mul_(linear(env[j])).sum(1)
+            waves[j] += table.gather(2, sample.flatten(2)).mul_(linear(env[j])).sum(1)
         return waves
 
 
 # ---- Data: a folder of music ----------------------------------------------------------------------------
 
 class AudioFolder(Dataset):
-    """Two random segments [2, samples] of each track (file) below `root`: wav, flac, ogg, mp3 of any kind.
+    """Two random segments [2, samples] of each track (file) below `root`: wav, flac, ogg, mp3, any rate.
 
     Reads only the two segments (seek, mix to mono, resample); their starts lie at most `gap` seconds apart.
     What cannot be used is found when it is read, kept in `skipped` {file: reason}, and another file is drawn
