@@ -702,9 +702,10 @@ def command_embed(args):
     write(args.out or "features.npz", buffer.getvalue())
 
 def command_key(args):
-    """Key signatures of songs without labels: the phase of y at five crops, calibrated by generated music.
+    """Key signatures of songs without labels: the phase of y at twelve crops, calibrated by generated music.
     With --data the songs of a manifest, and how many agree with its column `key`."""
-    device, crops, lines, away = mt2.pick_device(args.device), (2, 5, 8, 11, 14), [], []
+    device, lines, away = mt2.pick_device(args.device), [], []
+    crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
     need(bool(args.file) != bool(args.data), "key: name sound files, or a manifest with --data")
     files, truth, _ = manifest(args.data, ["key"], 0) if args.data else (args.file, {}, None)
     model = mt2.load(args.run, device)

@@ -292,7 +292,7 @@ def test_centring_removes_exactly_what_depends_on_the_offset_alone():
     logits, shortcut = noise(64, 12), 10 * noise(16, 12, seed=1)
     plain = net.center(logits, offset)
     assert_close(net.center(logits + shortcut[offset], offset), plain, rtol=0, atol=1e-5)
-    assert max(plain[offset == c].mean(0).abs().max() for c in range(16)) < 1e-6 and 0.9 < plain.std() < 1.1
+    assert max(plain[offset == c].mean(0).abs().max() for c in range(16)) < 1e-6 and 0.45 < plain.std() < 0.55
 
 
 def test_centring_outside_of_training_knows_the_offsets_and_not_the_batch():
@@ -638,7 +638,7 @@ def test_tune_trains_and_loads(tmp_path):
 
 def test_the_logs_say_what_happened(unbroken):
     log, c = log_of(unbroken), tiny()
-    np.testing.assert_allclose(log[:, 1], log[:, 2] + 3 * log[:, 3], rtol=1e-4)
+    np.testing.assert_allclose(log[:, 1], log[:, 2] + 10 * log[:, 3], rtol=1e-4)
     np.testing.assert_allclose(log[:, 4], [mt2.learning_rate(i, c) for i in range(8)], rtol=1e-4)
     watched = [row.split(",")[0] for row in (unbroken / "monitor.csv").read_text().splitlines()]
     assert watched == ["step", "3", "6", "8"]
@@ -880,10 +880,10 @@ def test_sixty_steps_of_a_tiny_model_learn_key_and_no_shortcut(tmp_path):
     run = train(tiny(tmp_path, **net, frames=8, batch=128, pool=512, steps=60, save_every=60, warmup=10,
                      lr=8e-3, easy=0.5))
     falling = log_of(run)[:, 3]
-    assert 2.9 < falling[:5].mean() < 3.1 and falling[-10:].mean() < 2.4  # measured: 2.0 to 2.1
+    assert 2.9 < falling[:5].mean() < 3.1 and falling[-10:].mean() < 2.8  # measured: 2.59 to 2.64
     waves, labels = SyntheticMusic(22).batch(96, 0)
     before, after = (monitor(net, waves, labels["key_signature"]) for net in (model(**net), load(run)))
-    assert before["follows_key"] < 0.3 and after["follows_key"] > 0.5 and after["follows_offset"] < 0.25
+    assert before["follows_key"] < 0.3 and after["follows_key"] > 0.6 and after["follows_offset"] < 0.25
     assert after["fork"] > 0.85 and after["equivariance"] > 0.7
 
 
@@ -1517,7 +1517,10 @@ def benchmark_step(device):
 
 def benchmark_probe(device):
     """65 probes (13 layers x 5 readouts, 800 clips of width 192, 24 classes) at once, and one by one."""
-    x, y = noise(65, 800, 192).to(device), torch.eye(24, device=device)[torch.arange(800) % 24]
+    classes, y = torch.arange(1200, device=device) % 24, torch.eye(24, device=device)
+    x = noise(65, 1200, 192).to(device) + 0.2 * noise(24, 192, seed=1).to(device)[classes]  # in part readable
+    x, held_x, y, held = x[:, :800], x[0, 800:], y[classes[:800]], classes[800:]
+    right = lambda logits: (logits.argmax(1) == held).float().mean().item()
 
     def recipe():  # of the papers: 50 epochs x 128 steps of AdamW, batch 128, for each probe
         layer = torch.nn.Linear(192, 24).to(device)
@@ -1527,12 +1530,15 @@ def benchmark_probe(device):
             optimizer.zero_grad()
             F.cross_entropy(layer(x[0, rows]), y[rows]).backward()
             optimizer.step()
+        return right(layer(held_x))
     fit = lambda part: probe.fit(part, y, False, l2=(0.01,))
-    seconds = race("65 linear probes", {"at once": lambda: fit(x), "the same solver, one by one": lambda: [
-        fit(x[g:g + 1]) for g in range(65)], "1 of 65 by the papers' recipe": recipe}, repeats=2)
-    times = [*seconds.values()]
-    ratio = 65 * times[2] / times[0]
-    print(f"  all 65 by the papers' recipe: {65 * times[2]:.0f} s, {ratio:.0f} times as long")
+    one_by_one = lambda: [fit(x[g:g + 1]) for g in range(65)]
+    seconds = race("65 linear probes", {"at once": lambda: fit(x), "1 of 65 by the papers' recipe": recipe,
+                                        "the same solver, one by one": one_by_one}, repeats=2)
+    at_once, one, _ = seconds.values()
+    w = fit(x)[0, 0]
+    print(f"  all 65 by the papers' recipe: {65 * one:.0f} s, {65 * one / at_once:.0f} times as long; "
+          f"held-out accuracy {right(held_x @ w[:-1] + w[-1]):.3f}, by the recipe {recipe():.3f}")
 
 
 def benchmark():
