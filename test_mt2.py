@@ -287,6 +287,16 @@ def test_the_equivariant_token_is_blind_to_mel_and_the_contrastive_one_is_not():
     assert (before.z - after.z).abs().max() > 1e-3
 
 
+def test_in_training_eq_reaches_only_the_equivariant_views_and_mel_only_the_contrastive_ones():
+    mel, vqt = (30 * noise(6, 2, 126, bins, seed=bins) - 60 for bins in (128, 99))  # dB
+
+    def terms(mel, eq_db):
+        return mt2.losses(model(eq_db=eq_db).train(), [mel, vqt], seeded(1))
+    plain, coloured, other_mel = terms(mel, 0.0), terms(mel, 20.0), terms(mel.flip(0), 0.0)
+    assert plain["nt_xent"] == coloured["nt_xent"] and (plain["cpsd"] - coloured["cpsd"]).abs() > 1e-3
+    assert plain["cpsd"] == other_mel["cpsd"] and (plain["nt_xent"] - other_mel["nt_xent"]).abs() > 1e-3
+
+
 def test_centring_removes_exactly_what_depends_on_the_offset_alone():
     net, offset = model().train(), torch.arange(64) % 16
     logits, shortcut = noise(64, 12), 10 * noise(16, 12, seed=1)
