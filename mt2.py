@@ -71,7 +71,7 @@ class Config:
     heads: int = knob(None, "attention heads (paper: 3)", 1, 1e3)
     proj_dim: int = knob(64, "width of the contrastive embedding z; ours", 1, 1e5)
     frames: int = knob(None, "random frames of a segment that a training view keeps; ours", 1, FRAMES)
-    eq_db: float = knob(4.0, "random EQ of each view: std in dB of each octave's knot; ours", 0, 40)
+    eq_db: float = knob(4.0, "random EQ of an equivariant view: std in dB of each octave; ours", 0, 40)
     hide_mel: int = knob(1, "1: equivariant views see no mel, which would leak absolute pitch; ours", 0, 1)
     temperature: float = knob(0.1, "of NT-Xent (paper: 0.1)", 0.01, 1e3)
     eq_weight: float = knob(10.0, "weight of CPSD beside NT-Xent; ours", 0, 1e6)
@@ -195,18 +195,17 @@ class FrontEnd(nn.Module):
             return 10 * power.clamp_min(1e-16).log10(), self.vqt.decibels(wave)
 
 
-def random_eq(n, std_db, generator, knots=9):
-    """Random smooth frequency responses, one per view -> dB for mel [n, 1, 128], for VQT [n, 1, 99] (ours).
+def random_eq(n, std_db, generator):
+    """Random smooth frequency responses, one per view -> dB for the VQT bins [n, 1, 99] (ours).
 
-    One knot an octave from 27.5 Hz, plus a tilt. Every view draws its own: a curve shared by A, B, A' moves
-    with the crop, and CPSD then follows the curve instead of the key (prototype: exact key .09, not .90)."""
-    mel_hz = 700 * ((1 + 8000 / 700) ** torch.linspace(0, 1, N_MELS + 2)[1:-1] - 1)
-    vqt_hz = 27.5 * 2 ** (torch.arange(N_BINS) / 12)
-    rise = torch.arange(knots) - (knots - 1) / 2
-    curve = torch.randn(n, knots, generator=generator) + 0.25 * torch.randn(n, 1, generator=generator) * rise
-    octaves = [(hz / 27.5).log2().clamp(0, knots - 1) for hz in (mel_hz, vqt_hz)]
-    hats = [(1 - (o - torch.arange(knots)[:, None]).abs()).clamp_min(0) for o in octaves]  # linear in between
-    return tuple(std_db * (curve @ hat)[:, None] for hat in hats)
+    One knot an octave, linear in between, plus a tilt. Every view draws its own: a curve shared by A, B, A'
+    moves with the crop, and CPSD then follows the curve instead of the key (prototype: exact key .09, not
+    .90)."""
+    knot, octave = torch.arange(9), (torch.arange(N_BINS) / 12).clamp_max(8)
+    hat = (1 - (octave - knot[:, None]).abs()).clamp_min(0)  # [9, 99]
+    tilt = 0.25 * (knot - 4)
+    curve = torch.randn(n, 9, generator=generator) + torch.randn(n, 1, generator=generator) * tilt
+    return std_db * (curve @ hat)[:, None]
 
 
 def crop(vqt, offset):
@@ -960,9 +959,9 @@ def losses(model, batch, g):
     """The views of one step and their losses: batch as Stream gives it, each [B, 2, ...] -> {name: scalar}.
 
     A and B are two segments of a track, A' is A again. The contrastive token learns from A and B as they
-    sound (with the EQ of the others it knows instruments less well: measured, one run, real music, .75
-    instead of .88). The equivariant token learns from A, B and A', each with its own EQ, without mel. All
-    views have their own crop and go through the network at once."""
+    sound (with the others' EQ it knows instruments less well: measured, one run, real music, .75 instead of
+    .88). The equivariant token learns from A, B and A', each VQT with its own EQ, without mel. All views
+    have their own crop and go through the network at once."""
     c, B, dev = model.config, len(batch[0]), batch[0].device
     if c.encoder == "tune":
         with autocast(dev):
@@ -973,9 +972,9 @@ def losses(model, batch, g):
     frames = torch.randperm(FRAMES, generator=g)[:c.frames].sort().values.to(dev)
     mel, vqt = (torch.cat([x[:, s][:, frames] for s in segments]).float() for x in batch)  # [5B, F, bins]
     for_eq = torch.arange(len(mel), device=dev) < n
-    eq_mel, eq_vqt = (for_eq[:, None, None] * eq.to(dev) for eq in random_eq(len(mel), c.eq_db, g))
+    eq_db = for_eq[:, None, None] * random_eq(len(mel), c.eq_db, g).to(dev)
     offset = torch.randint(N_OFFSETS, (len(mel),), generator=g).to(dev)
-    mel, vqt = unit_range(mel + eq_mel), crop(unit_range(vqt + eq_vqt), offset)
+    mel, vqt = unit_range(mel), crop(unit_range(vqt + eq_db), offset)
     with autocast(dev):
         tokens = model.encode(mel, vqt, ~for_eq if model.hides_mel else None, frames)[-1]
     cls, terms = dict(zip(c.tasks, tokens.float().unbind(1))), {}
