@@ -297,6 +297,15 @@ def test_in_training_eq_reaches_only_the_equivariant_views_and_mel_only_the_cont
     assert plain["cpsd"] == other_mel["cpsd"] and (plain["nt_xent"] - other_mel["nt_xent"]).abs() > 1e-3
 
 
+def test_class_tokens_alone_and_their_gradients_are_those_of_the_whole_sequence():
+    net, mel, vqt = model().double(), noise(3, 9, 128).double(), noise(3, 9, 84).double()
+    whole, alone = net.encode(mel, vqt)[-1][:, :2], net.encode(mel, vqt, cls_only=True)[-1]
+    assert alone.shape == (3, 2, 24)
+    assert_close(alone, whole)
+    used = [p for name, p in net.named_parameters() if "head" not in name]
+    assert_close(*(torch.autograd.grad(x[..., 5].square().sum(), used) for x in (alone, whole)))
+
+
 def test_centring_removes_exactly_what_depends_on_the_offset_alone():
     net, offset = model().train(), torch.arange(64) % 16
     logits, shortcut = noise(64, 12), 10 * noise(16, 12, seed=1)
@@ -1451,14 +1460,23 @@ def benchmark_memory():
         print(f"  {name:18} B = {B:6} {(done.communicate()[0] or 'failed').strip()}", flush=True)
 
 
+class Encoder(torch.nn.Module):
+    """nn.TransformerEncoder behind the interface of our blocks."""
+    def __init__(self, layer, depth):
+        super().__init__()
+        self.layers = torch.nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+    def forward(self, x, first=None):
+        return self.layers(x)[:, :first]
+
+
 def assembled(config, device):
     """The same model from others' parts: nn.TransformerEncoder for the blocks, nnAudio for the VQT."""
     torch.manual_seed(0)
     net = MT2(config)
     layer = torch.nn.TransformerEncoderLayer(config.dim, config.heads, 4 * config.dim, dropout=0.0,
                                              activation="gelu", batch_first=True, norm_first=True)
-    encoder = torch.nn.TransformerEncoder(layer, config.depth, enable_nested_tensor=False)
-    net.blocks = torch.nn.ModuleList([encoder])
+    net.blocks = torch.nn.ModuleList([Encoder(layer, config.depth)])
     front = mt2.FrontEnd()
     vqt = importlib.import_module("nnAudio.features.cqt").CQT1992v2(
         sr=16000, hop_length=512, fmin=27.5, n_bins=99, bins_per_octave=12, verbose=False)
