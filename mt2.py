@@ -277,9 +277,8 @@ class MT2(nn.Module):
             self.head_con = nn.Sequential(*layers)
         if "eq" in config.tasks:
             self.head_eq = nn.Linear(dim, N_CROP)
-            # running statistics of the logits, for `center` outside of training
+            # running mean of the logits at each crop offset, for `center` outside of training
             self.register_buffer("offset_mean", torch.zeros(N_OFFSETS, 12))
-            self.register_buffer("logit_std", torch.ones(12))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
@@ -333,23 +332,23 @@ class MT2(nn.Module):
         return self.head_eq(token).float().view(-1, 7, 12).mean(1)
 
     def center(self, logits, offset):
-        """Logits [B, 12] minus their mean over all clips of a crop offset, over twice their std (ours).
+        """Logits [B, 12] minus their mean over all clips of a crop offset, over twice their own std (ours).
 
         Averaged over many songs, no key is preferred at any crop. Without this CPSD is solved by reading the
         offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead of .90).
         Twice: a soft y can point between two pitch classes, where a sharp one snaps to either, and to which
-        of them differs from run to run (measured, one run: .70 of real 4 s windows exact instead of .63)."""
-        if not self.training:
-            return (logits - self.offset_mean[offset]) / (2 * self.logit_std)
-        same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
-        total, count = all_sum(same.T @ logits), all_sum(same.sum(0))[:, None]
-        mean = total / count.clamp_min(1)
+        of them differs from run to run (measured, one run: .70 of real 4 s windows exact instead of .63).
+        Own: with the batch's std an hour of training gave up on what it could not tell, to be surer of the
+        rest (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
+        mean = self.offset_mean
+        if self.training:
+            same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
+            total, count = all_sum(same.T @ logits), all_sum(same.sum(0))[:, None]
+            mean = total / count.clamp_min(1)
+            with torch.no_grad():
+                self.offset_mean.lerp_(mean, 0.1 * (count > 0))
         logits = logits - mean[offset]
-        std = (all_sum(logits.square().sum(0)) / count.sum() + 1e-5).sqrt()
-        with torch.no_grad():
-            self.offset_mean.lerp_(mean, 0.1 * (count > 0))
-            self.logit_std.lerp_(std, 0.1)
-        return logits / (2 * std)
+        return logits / (2 * (logits.square().mean(1, keepdim=True) + 1e-5).sqrt())
 
     def features(self, wave):
         """Wave [B, T] -> mel [B, F, 128], VQT [B, F, 99], both in [0, 1]."""
