@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
+import torch.distributed.nn.functional as dist_nn  # its reductions have gradients
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
@@ -88,7 +88,7 @@ class Config:
         for name, known in (("size", tuple(SIZES)), ("encoder", ("vit", "tune"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: choose {' or '.join(known)}")
-        for name, value in SIZES[self.size].items():
+        for name, value in SIZES[self.size].items():  # what `size` sets and no flag has set
             if getattr(self, name) is None:
                 setattr(self, name, value)
         choices = dict(tasks=("eq", "con"), inputs=("mel", "vqt"))
@@ -96,7 +96,7 @@ class Config:
             self.tasks, self.inputs, choices = ("con",), ("wave",), {}
         for name, known in choices.items():
             given = getattr(self, name)
-            given = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
+            given = tuple(given.split(",")) if isinstance(given, str) else tuple(given)  # a flag is text
             if not given or given != tuple(k for k in known if k in given):
                 raise ValueError(f"--{name} {','.join(given)}: choose {','.join(known)} or one of them")
             setattr(self, name, given)
@@ -119,7 +119,7 @@ def unit_range(db, floor=80.0):
     """dB [B, F, bins] -> [0, 1]: dB below the clip's own loudest bin, 80 dB floor, then dB/80 + 1.
 
     A clip never depends on the others of its batch; silence becomes 0."""
-    loudest = db.amax((1, 2), keepdim=True).clamp_min(-floor)
+    loudest = db.amax((1, 2), keepdim=True).clamp_min(-floor)  # [B, 1, 1]; all below -80 dB is silence
     return ((db - loudest) / floor + 1).clamp(0, 1)
 
 
@@ -142,15 +142,16 @@ class VQT(nn.Module):
         length = length.maximum(1 / (sample_rate / 2 - freq))
         self.hops, rate = [], sample_rate  # of each octave, from the top down
         for i in reversed(range(0, n_bins, bins_per_octave)):
-            f, n = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]
+            f, n = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]  # of one octave, [12]
             while f[-1] < rate / 16 and hop % 4 == 0:
                 rate, hop = rate / 4, hop // 4
-            half = int(n.max() * rate / 2)
+            half = int(n.max() * rate / 2)  # samples on either side of a frame's centre
             t = torch.arange(-half, half + 1, dtype=torch.float64)[:, None] / rate  # s
-            hann = torch.cos(math.pi * t / n) ** 2 * (t.abs() < n / 2)
+            hann = torch.cos(math.pi * t / n) ** 2 * (t.abs() < n / 2)  # [window, 12], each its own length
             hann = 2 * hann / hann.sum(0)  # a sine of amplitude a reads a
             angle = 2 * math.pi * f * t
             kernel = torch.cat([hann * angle.cos(), hann * angle.sin()], dim=1).float()  # [window, 2 x 12]
+            # buffers move with the model; not persistent: no checkpoint carries what is computed anyway
             self.register_buffer(f"kernel{len(self.hops)}", kernel, persistent=False)
             self.hops.append(hop)
 
@@ -159,7 +160,7 @@ class VQT(nn.Module):
         n_frames, now, octaves = wave.shape[-1] // self.hops[0] + 1, self.hops[0], []
         wave = F.pad(wave, (now, now))  # a hop on either side, for what the resampler's filter spreads
         for i, hop in enumerate(self.hops):
-            while now > hop:
+            while now > hop:  # to the rate of the next octave
                 wave, now = torchaudio.functional.resample(wave, 4, 1), now // 4
             kernel = self.get_buffer(f"kernel{i}")
             reach = len(kernel) // 2
@@ -201,9 +202,9 @@ def random_eq(n, std_db, generator):
     One knot an octave, linear in between, plus a tilt. Every view draws its own: a curve shared by A, B, A'
     moves with the crop, and CPSD then follows the curve instead of the key (prototype: exact key .09, not
     .90)."""
-    knot, octave = torch.arange(9), (torch.arange(N_BINS) / 12).clamp_max(8)
+    knot, octave = torch.arange(9), (torch.arange(N_BINS) / 12).clamp_max(8)  # 9 knots; where each bin lies
     hat = (1 - (octave - knot[:, None]).abs()).clamp_min(0)  # [9, 99]
-    tilt = 0.25 * (knot - 4)
+    tilt = 0.25 * (knot - 4)  # from -1 at the lowest knot to 1 at the highest
     curve = torch.randn(n, 9, generator=generator) + torch.randn(n, 1, generator=generator) * tilt
     return std_db * (curve @ hat)[:, None]
 
@@ -222,8 +223,8 @@ class Block(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)  # x itself never is
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)  # all heads at once
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def project(self, x):
@@ -243,7 +244,7 @@ class Block(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:  # on CPU the fused kernel costs 2.6 times as much a step at 18 tokens, 1.6 at 128 (measured)
             mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))  # heads side by side again: [B, N, D]
         return x + self.mlp(self.norm2(x))
 
 
@@ -268,7 +269,7 @@ class MT2(nn.Module):
             if name in config.inputs:
                 patch = nn.Sequential(nn.LayerNorm(bins), nn.Linear(bins, dim), nn.GELU())
                 self.add_module(f"patch_{name}", patch)
-        self.cls = nn.Parameter(0.02 * torch.randn(len(config.tasks), dim))
+        self.cls = nn.Parameter(0.02 * torch.randn(len(config.tasks), dim))  # the learned part
         self.position = nn.Parameter(0.02 * torch.randn(len(config.tasks) + FRAMES, dim))
         self.blocks = nn.ModuleList(Block(dim, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
@@ -310,13 +311,13 @@ class MT2(nn.Module):
         Layer 0 is the input of the blocks; the final norm is on the last. mel_on [B] of 0 and 1 hides the mel
         branch of single clips; frames [F] are the frames' places among the 126. cls_only: the last layer is
         [B, n_cls, D]; losses read no more of it (measured: a demo step takes .63 to .80 of the time)."""
-        n_cls, branch = len(self.class_tokens), {}
+        n_cls, branch = len(self.class_tokens), {}  # each branch [B, F, D]
         if "mel" in self.config.inputs:
             shown = 1 if mel_on is None else mel_on[:, None, None]
-            branch["mel"] = self.patch_mel(mel) * shown  # [B, F, D]
+            branch["mel"] = self.patch_mel(mel) * shown
         if "vqt" in self.config.inputs:
             branch["vqt"] = self.patch_vqt(vqt)
-        own = {"eq": branch.get("vqt"), "con": branch.get("mel", branch.get("vqt"))}
+        own = {"eq": branch.get("vqt"), "con": branch.get("mel", branch.get("vqt"))}  # con without mel: VQT
         cls = self.cls + torch.stack([own[task].mean(1) for task in self.class_tokens], dim=1)
         x = torch.cat([cls, sum(branch.values())], dim=1)  # [B, n_cls + F, D]
         places = slice(0, x.shape[1] - n_cls) if frames is None else frames
@@ -411,14 +412,15 @@ class TUNe(nn.Module):
         def conv(i, o, stride=1):
             return nn.Sequential(nn.Conv1d(i, o, 3, stride, stride % 3), nn.BatchNorm1d(o), nn.ReLU())
         if up:
-            self.down = nn.ModuleList(conv(i, o) for i, o in zip((1,) + w, w))
+            self.down = nn.ModuleList(conv(i, o) for i, o in zip((1,) + w, w))  # 59,049 to 729 frames
+            # each expansion layer: three times the frames, joined with the contraction's of that length
             self.grow = nn.ModuleList(nn.ConvTranspose1d(w[i + 1], w[i], 3, 3) for i in range(3, 3 - up, -1))
             self.join = nn.ModuleList(conv(2 * w[i], w[i]) for i in range(3, 3 - up, -1))
             tail = [(w[i - 1] + w[i], w[i]) for i in range(5 - up, 5)]  # joined with the expansion
-            tail += [(176, 352), *[(352, 352)] * 3, (352, 512)]
+            tail += [(176, 352), *[(352, 352)] * 3, (352, 512)]  # nobody is left to join; down to one frame
             self.tail = nn.ModuleList(conv(i, o) for i, o in tail)
         else:
-            w = (128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512)
+            w = (128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512)  # 59,049 to one frame
             self.down = nn.ModuleList([conv(1, 128, 3), *(conv(i, o) for i, o in zip(w, w[1:]))])
         self.head_con = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, config.proj_dim))
 
@@ -426,7 +428,7 @@ class TUNe(nn.Module):
         """Wave [B, T] -> every stage, a list of [B, frames_l, dim_l]. Shorter waves are padded with zeros."""
         short = max(0, self.SAMPLES - wave.shape[1])
         start = (wave.shape[1] + short - self.SAMPLES) // 2
-        x = F.pad(wave, (0, short))[:, None, start:start + self.SAMPLES]
+        x = F.pad(wave, (0, short))[:, None, start:start + self.SAMPLES]  # [B, 1, 59,049]
         stages, up = [], self.config.expansion
         for i, conv in enumerate(self.down):  # SampleCNN pools after its inner convolutions, TUNe before
             x = conv(F.max_pool1d(x, 3) if up and i else x)
@@ -479,7 +481,7 @@ class NTXent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, temperature, block):
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [n, 1]
         scale = torch.where(norm <= 1e-12, 0, 1 / norm)  # 0-rows stay 0 and get no gradient; NaN stays NaN
         z = x * scale
         n, total, columns = len(z), z.new_zeros(len(z)), gather(z)  # columns [N, P]
@@ -488,13 +490,13 @@ class NTXent(torch.autograd.Function):
         for i in range(0, n, block):
             e = NTXent.strip(ctx, z, columns, i)
             total[i:i + block] += e.sum(1)
-            if ctx.whole and i + block < n:
+            if ctx.whole and i + block < n:  # the strip, mirrored, holds the columns of later rows
                 total[i + block:] += e[:, block:].sum(0)
             if ctx.kept is not None:
                 ctx.kept[i] = e
-        totals = gather(total)
+        totals = gather(total)  # [N], of all processes' rows
         ctx.save_for_backward(z, scale, columns, total, totals)
-        a, b = columns.view(-1, 2, n // 2, z.shape[1]).unbind(1)
+        a, b = columns.view(-1, 2, n // 2, z.shape[1]).unbind(1)  # each process sent its a, then its b
         return totals.log().mean() + (1 - (a * b).sum(-1).mean()) / temperature
 
     @staticmethod
@@ -521,7 +523,7 @@ class NTXent(torch.autograd.Function):
             dz[i:i + block].addmm_(g, columns[first:])
             if ctx.whole and i + block < n:
                 dz[i + block:].addmm_(g[:, block:].T, z[i:i + block])
-        dz -= z * (z * dz).sum(1, keepdim=True)  # through z = x / |x|
+        dz -= z * (z * dz).sum(1, keepdim=True)  # through z = x / |x|: nothing along z is left
         # over the own n rows, not all N: gradients of processes are averaged, not summed
         return dz.mul_(scale * (grad / (n * ctx.temperature))), None, None
 
@@ -584,10 +586,9 @@ HARMONY = (((10, 15, 8, 25, 27, 15, 0), (10, 5, 5, 15, 55, 10, 0), (10, 10, 2, 3
            ((10, 0, 10, 25, 20, 20, 15), (100, 0, 0, 0, 0, 0, 0), (20, 0, 5, 15, 10, 30, 20),
             (35, 0, 5, 5, 30, 10, 15), (60, 0, 5, 10, 5, 15, 5), (15, 0, 20, 10, 20, 5, 30),
             (50, 0, 25, 5, 5, 10, 5)))
-# Chance that rich music raises, over each degree, the seventh of the minor scale; the third of the
-# chord (of I in major: a suspended fourth, labelled as major)
+# Chance that rich music raises, over each degree, the seventh of the minor scale; the third of the chord
 LEADING = (0.25, 0, 0, 0.25, 0.95, 0, 0)
-DOMINANT = ((0.05, 0.35, 0.12, 0, 0, 0.15, 0), (0.12, 0, 0, 0.15, 0, 0, 0))
+DOMINANT = ((0, 0.35, 0.12, 0, 0, 0.15, 0), (0.12, 0, 0, 0.15, 0, 0, 0))
 RHYTHMS = ((1, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 1), (1, 1, 1, 1), (1, 0, 0, 1), (0, 0, 1, 0))  # of a beat
 BEATS, TICKS = 14, 4     # a segment has at most 14 beats (180 a minute), a beat four ticks
 CYCLES, TABLE = 8, 8192  # a wavetable holds eight periods, so that partials may lie between harmonics
@@ -611,13 +612,15 @@ class SyntheticMusic:
         t = torch.arange(2 * SAMPLES) / SAMPLE_RATE  # s
         noise = torch.randn(16, SAMPLES, generator=torch.Generator().manual_seed(0))
         fall = torch.exp(-6.9 * t[:SAMPLES] / torch.linspace(0.2, 1.6, 16)[:, None])  # 60 dB in 0.2 to 1.6 s
+        # 16 rooms: what they add to a sound, as frequency responses
         self.rooms, self.noise, t = torch.fft.rfft(F.normalize(noise * fall)), noise.numpy(), t.numpy()
         self.motion = {}  # of an instrument: its phase in seconds, vibrato included, and its envelopes
         for name, (_, _, _, attack, decay, upper, vibrato, _) in INSTRUMENTS.items():
             body = np.minimum(t / attack, 1) * np.exp(-t / decay)
-            phase = t + vibrato / 35 * np.sin(35 * t)
+            phase = t + vibrato / 35 * np.sin(35 * t)  # 5.6 Hz; its slope is the frequency's factor
             self.motion[name] = phase, [body, body * np.exp(-t / upper)] if upper else [body]
         t = t[:SAMPLE_RATE // 4]
+        # a drum that falls in pitch; envelopes for noise
         self.kick = 0.8 * np.sin(2 * math.pi * (50 * t - 3 * np.exp(-t / 0.03))) * np.exp(-t / 0.06)
         self.snare, self.hat = 0.35 * np.exp(-t / 0.05), 0.12 * np.exp(-t / 0.015)
 
@@ -629,9 +632,9 @@ class SyntheticMusic:
         and onsets [n, 2, 56] in seconds, NaN where there is none. `rich` is the share of rich tracks."""
         rng = random.Random(self.seed * 1_000_003 + step)
         tracks = [self.track(rng, rng.random() < rich) for _ in range(n)]
-        waves, *local = zip(*(self.segment(rng, t) for t in tracks for _ in range(2)))
+        waves, *local = zip(*(self.segment(rng, t) for t in tracks for _ in range(2)))  # A, then B
         waves = torch.from_numpy(np.stack(waves)).unflatten(0, (n, 2))
-        each = lambda f: torch.tensor([f(t) for t in tracks])
+        each = lambda f: torch.tensor([f(t) for t in tracks])  # [n]
         echo = each(lambda t: t.wet)[:, None] * self.rooms[each(lambda t: t.room)]
         # circular: the tail sounds as if the piece had begun before
         waves = torch.fft.irfft(torch.fft.rfft(waves) * (1 + echo[:, None]), SAMPLES)
@@ -648,9 +651,9 @@ class SyntheticMusic:
         """What the segments of a track share."""
         texture = rng.choices(("band", "chorale", "solo"), (0.4, 0.42, 0.18))[0] if rich else "band"
         names = rng.sample(list(INSTRUMENTS), 3)  # of melody, chords, bass
-        names = names[:1] * 3 if rich and rng.random() < 0.6 else names
+        names = names[:1] * 3 if rich and rng.random() < 0.6 else names  # as a piano or a quartet would
         drums = texture == "band" and rng.random() < (0.4 if rich else 0.85)
-        low = rng.randint(53, 68), rng.randint(48, 59), rng.randint(31, 40)
+        low = rng.randint(53, 68), rng.randint(48, 59), rng.randint(31, 40)  # MIDI: lowest note of each
         return SimpleNamespace(
             rich=rich, texture=texture, names=names, low=low, tonic=rng.randrange(12), minor=rng.randrange(2),
             tables=[self.wavetables(rng, name, p + 12, 8 if rich else 4) for name, p in zip(names, low)],
@@ -668,13 +671,13 @@ class SyntheticMusic:
 
         jitter: dB by which each harmonic may stray, so that no two pianos are alike."""
         slope, even, formant, _, _, upper, _, stretch = INSTRUMENTS[name]
-        h = np.arange(1, 25)
+        h = np.arange(1, 25)  # harmonics
         hz = h * 440 * 2 ** ((pitch - 69) / 12)
         stray = np.array([rng.gauss(0, jitter) for _ in h])
         amp = h ** -slope * np.where(h % 2 == 0, even, 1) * 10 ** (stray / 20) * (hz < 5500)  # no aliasing
         amp = amp * (0.15 + np.exp(-np.log2(hz / formant) ** 2)) if formant else amp
-        partial = np.round(CYCLES * h * np.sqrt(1 + stretch * h * h)).astype(int)
-        turn = np.exp(2j * math.pi * np.array([rng.random() for _ in h]))
+        partial = np.round(CYCLES * h * np.sqrt(1 + stretch * h * h)).astype(int)  # stiff strings stretch
+        turn = np.exp(2j * math.pi * np.array([rng.random() for _ in h]))  # phases, against one high peak
         spectrum = np.zeros((2 if upper else 1, TABLE // 2 + 1), complex)
         spectrum[:, partial] = turn * amp / np.linalg.norm(amp) * ([1 / h, 1 - 1 / h] if upper else 1)
         return np.fft.irfft(spectrum, norm="forward").astype(np.float32)
@@ -683,7 +686,7 @@ class SyntheticMusic:
         """A walk over degrees -> for each beat: whether a chord begins, its degree, scale [7], triad [3]."""
         degree, into, chords = 0, rng.randrange(t.per_chord), []
         for beat in range(beats):
-            new = beat == 0 or (beat + into) % t.per_chord == 0
+            new = beat == 0 or (beat + into) % t.per_chord == 0  # a segment may begin within a chord
             if new:
                 degree, = rng.choices(range(7), HARMONY[t.minor][degree])
                 scale = [t.tonic + note for note in SCALES[t.minor]]
@@ -708,13 +711,13 @@ class SyntheticMusic:
                     step = 9 - abs(9 - abs(step + rng.choice((-2, -1, -1, 1, 1, 2))))  # reflected into 0..9
                     if tick == 0 and rng.random() < 0.75:
                         step -= (0, 1, 0, 1, 0, 1, -1)[(step - degree) % 7]
-                    octave, note = divmod(step, 7)
+                    octave, note = divmod(step, 7)  # step counts notes of the scale upwards
                     pitch = place(t.tonic, t.low[0]) + scale[note] - t.tonic + 12 * octave
                     melody.append((start + tick, pitch))
             if t.texture == "solo":
                 continue
             # chords: held or broken by a band, moving with the beat in a chorale
-            turn, spread = rng.randrange(3), 4 * (t.texture == "chorale")
+            turn, spread = rng.randrange(3), 4 * (t.texture == "chorale")  # of voices
             if t.arpeggio:
                 inner[0].extend((start + i, place(triad[(start + i) // 2 % 3], t.low[1])) for i in (0, 2))
             elif new or spread and rng.random() < 0.6:
@@ -729,9 +732,9 @@ class SyntheticMusic:
     def perform(self, rng, t, lines, tick_s, end):
         """Lines of notes, which last until tick `end` -> wave."""
         wave, fade = np.zeros(2 * SAMPLES, np.float32), np.linspace(1, 0, RELEASE, dtype=np.float32)
-        for line, player in zip(lines, (0, 1, 1, 1, 2)):
+        for line, player in zip(lines, (0, 1, 1, 1, 2)):  # melody, three voices of chords, bass
             phase, envelopes = self.motion[t.names[player]]
-            for (tick, pitch), (following, _) in zip(line, [*line[1:], (end, 0)]):
+            for (tick, pitch), (following, _) in zip(line, [*line[1:], (end, 0)]):  # until the next note
                 start = int(tick * tick_s * SAMPLE_RATE)
                 n = int((following - tick) * tick_s * t.legato * SAMPLE_RATE) + RELEASE
                 hz = 440 * 2 ** ((pitch + t.detune - 69) / 12)
@@ -763,7 +766,7 @@ class SyntheticMusic:
         begins = {tick for line in lines for tick, _ in line}.union(range(0, end, 2) if t.drums else ())
         names = [triad[0] + 12 * ((triad[1] - triad[0]) % 12 == 3) for _, _, _, triad in chords]
         beat = [int((frame * HOP / SAMPLE_RATE + early) / tick_s / TICKS) for frame in range(FRAMES)]
-        chord = [24 if t.texture == "solo" else names[b] for b in beat]
+        chord = [24 if t.texture == "solo" else names[b] for b in beat]  # 24: none sounds
         return wave, chord, heard(range(0, end, TICKS), BEATS), heard(sorted(begins), BEATS * TICKS)
 
 
@@ -819,24 +822,24 @@ class AudioFolder(Dataset):
             raise ValueError("not a file, or gone")
         with soundfile.SoundFile(os.fsencode(file)) as sound:
             rate, length = sound.samplerate, round(self.seconds * sound.samplerate)
-            room = sound.frames - length
+            room = sound.frames - length  # places where a segment can start
             if room < 0:
                 raise ValueError(f"shorter than {self.seconds:g} s")
-            first, segments = int(a * room), []
+            first, segments = int(a * room), []  # where A starts; B starts between low and high
             low, high = max(0, first - int(self.gap * rate)), min(room, first + int(self.gap * rate))
             for start in (first, low + int(b * (high - low))):
                 sound.seek(start)
-                segments.append(sound.read(length, dtype="float32", always_2d=True).mean(1))
+                segments.append(sound.read(length, dtype="float32", always_2d=True).mean(1))  # to mono
         if min(map(len, segments)) < length:
             raise ValueError("ends before its header says")
         waves = torch.from_numpy(np.stack(segments))
         if not waves.isfinite().all():
             raise ValueError("holds NaN or infinity")
-        if waves.abs().amax(1).min() < 1e-4:
+        if waves.abs().amax(1).min() < 1e-4:  # 80 dB below full scale
             raise ValueError("silent where it was read")
         rate = 25 * round(rate / 25)  # at most 3 cents off; 44,101 Hz to the letter takes a filter of minutes
         waves = torchaudio.functional.resample(waves, rate, SAMPLE_RATE)  # its input, where the rates agree
-        samples = round(self.seconds * SAMPLE_RATE)
+        samples = round(self.seconds * SAMPLE_RATE)  # resampled sound may miss it by a sample or two
         return F.pad(waves, (0, max(0, samples - waves.shape[1])))[:, :samples].clamp(-1, 1)
 
 
@@ -855,8 +858,8 @@ class Stream(Dataset):
         c, progress = self.config, i / self.config.steps
         if self.folder and (c.init or progress >= 2 * c.easy):  # without --init, generated music warms up
             g = torch.Generator().manual_seed(self.seed * 2 ** 32 + i)
-            tracks = torch.randint(len(self.folder), (c.fresh,), generator=g).tolist()
-            waves = torch.stack([self.folder.pair(track, g) for track in tracks])
+            tracks = torch.randint(len(self.folder), (c.fresh,), generator=g).tolist()  # files, with repeats
+            waves = torch.stack([self.folder.pair(track, g) for track in tracks])  # [fresh, 2, 64000]
         else:  # first easy, then more and more rich: rich from the start led into the shortcut (prototype)
             rich = min(max(progress / c.easy - 1, 0), 1) if c.easy and not c.init else 1
             waves, _ = self.music.batch(c.fresh, i, rich)
@@ -872,6 +875,7 @@ def pitch_fork():
     t = torch.arange(SAMPLES) / SAMPLE_RATE
     wave = torch.zeros(SAMPLES)
     for second, chord in enumerate(((36, 52, 55, 60), (41, 53, 57, 60), (43, 50, 55, 59), (36, 52, 55, 60))):
+        # rise and fall within 50 ms
         gate = ((t - second) * 20).clamp(0, 1) * ((second + 1 - t) * 20).clamp(0, 1)
         for note in chord:
             for h in range(1, 9):
@@ -893,7 +897,7 @@ def calibrate(model, device="cpu", offsets=(N_OFFSETS // 2,)):
     Taken from 64 generated tracks, whose keys we know because we wrote them; no real music is labelled. One
     cadence is too pure: its y snaps to one pitch class, often beside real music's (measured, one run: .87 of
     real pieces exact instead of .88)."""
-    waves, labels = SyntheticMusic(998).batch(64, 0)
+    waves, labels = SyntheticMusic(998).batch(64, 0)  # waves [64, 2, samples]: 128 clips
     turn = torch.exp(2j * math.pi * 7 / 12 * labels["key_signature"].repeat_interleave(2).to(device))
     return (key_phase(model, waves.flatten(0, 1).to(device), offsets).sgn() * turn).mean().sgn()
 
@@ -901,7 +905,7 @@ def calibrate(model, device="cpu", offsets=(N_OFFSETS // 2,)):
 def key_signature(phasor, c_major):
     """Complex phasors -> pitch class 0..11 of the relative major's tonic; 0 (C) along c_major."""
     fifths = torch.angle(phasor * c_major.conj()) * (-12 / (2 * math.pi))
-    return (7 * fifths.round().long()) % 12
+    return (7 * fifths.round().long()) % 12  # so many fifths above C, each of seven semitones
 
 
 MONITOR = ("agree", "equivariance", "fork", "follows_key", "follows_offset", "exact", "fifth")
@@ -971,17 +975,18 @@ def losses(model, batch, g):
         with autocast(dev):
             z = model(batch[0].float().transpose(0, 1).flatten(0, 1))
         return {"nt_xent": nt_xent(*z.chunk(2), c.temperature)}
+    # 0 is segment A, 1 is B: of eq,con five views, A B A' A B
     segments = [segment for task in c.tasks for segment in {"eq": (0, 1, 0), "con": (0, 1)}[task]]
     n = 3 * B if "eq" in c.tasks else 0  # views for the equivariant token, which comes first
-    frames = torch.randperm(FRAMES, generator=g)[:c.frames].sort().values.to(dev)
+    frames = torch.randperm(FRAMES, generator=g)[:c.frames].sort().values.to(dev)  # the same of all views
     mel, vqt = (torch.cat([x[:, s][:, frames] for s in segments]).float() for x in batch)  # [5B, F, bins]
     for_eq = torch.arange(len(mel), device=dev) < n
-    eq_db = for_eq[:, None, None] * random_eq(len(mel), c.eq_db, g).to(dev)
+    eq_db = for_eq[:, None, None] * random_eq(len(mel), c.eq_db, g).to(dev)  # [5B, 1, 99]
     offset = torch.randint(N_OFFSETS, (len(mel),), generator=g).to(dev)
     mel, vqt = unit_range(mel), crop(unit_range(vqt + eq_db), offset)
     with autocast(dev):
         cls = model.encode(mel, vqt, ~for_eq if model.hides_mel else None, frames, cls_only=True)[-1]
-    cls, terms = dict(zip(c.tasks, cls.float().unbind(1))), {}
+    cls, terms = dict(zip(c.tasks, cls.float().unbind(1))), {}  # each token [5B, D]
     if "con" in cls:
         terms["nt_xent"] = nt_xent(*model.head_con(cls["con"][n:]).chunk(2), c.temperature)
     if "eq" in cls:
@@ -1009,7 +1014,7 @@ def save(path, content):
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on the disk, not only on its way, before the name changes hands
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
@@ -1053,7 +1058,7 @@ def resume(config, out):
     state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
     for name in (f.name for f in dataclasses.fields(Config)):
         mine, other = getattr(config, name), getattr(theirs, name)
-        if mine != other and name not in ("out", "device", "workers", "save_every"):
+        if mine != other and name not in ("out", "device", "workers", "save_every"):  # change no music
             what = f"{name} = {other}, not {mine}"
             raise ValueError(f"--out {out}: holds a run with {what}; name another folder")
     return state
@@ -1065,13 +1070,13 @@ def open_log(path, columns, last_step):
     rows = [r for r in rows if len(r) == len(columns) and r[0].isdigit() and int(r[0]) <= last_step]
     path.with_suffix(".tmp").write_text("\n".join(",".join(row) for row in (columns, *rows)) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
-    return open(path, "a", buffering=1)
+    return open(path, "a", buffering=1)  # a whole line at a time
 
 
 def pick_device(name):
     """auto: cuda (each process its own), then mps, then cpu."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(k for k in there if there[k]) if name == "auto" else name
+    name = next(k for k in there if there[k]) if name == "auto" else name  # the first that is there
     if not there.get(name):
         raise ValueError(f"--device {name}: this machine has {', '.join(k for k in there if there[k])}")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
@@ -1080,7 +1085,7 @@ def pick_device(name):
 def share_gradients(parameters, told):
     """Average the gradients of all processes, in one reduction, which also carries whether anyone was `told`
     to stop; then all are."""
-    grads = [p.grad for p in parameters]
+    grads = [p.grad for p in parameters]  # every parameter is used in every step, so none is None
     flat = torch.cat([grad.flatten() for grad in grads] + [grads[0].new_tensor([len(told)])])
     dist.all_reduce(flat)
     for grad, mean in zip(grads, (flat / world_size()).split([grad.numel() for grad in grads] + [1])):
@@ -1093,7 +1098,7 @@ def music_stream(c, rank, device, chunk, last):
     """-> the run's Stream, and an iterator over its chunks `chunk` to `last`, made by workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers = max(1, cores // 2) if c.workers < 0 else c.workers
+    workers = max(1, cores // 2) if c.workers < 0 else c.workers  # 0: music is made between the steps
     if device.type == "cpu":  # threads that wait for a core taken by a worker: steps up to ten times as long
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
     stream = Stream(c, rank)
@@ -1106,7 +1111,7 @@ def train(config):
     SIGINT and SIGTERM save and raise SystemExit; ValueError, OSError, RuntimeError and FloatingPointError say
     in one line what is wrong."""
     told = []
-    hear = lambda number, frame: told.append(number)
+    hear = lambda number, frame: told.append(number)  # and let the step end first
     before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return run(config, told)
@@ -1131,7 +1136,7 @@ def run(config, told):
         print(f"{out}: already trained for all of its {done} steps")
         return out
 
-    # model and optimiser; weight decay on matrices only
+    # model and optimiser (betas as published); weight decay on matrices only
     torch.manual_seed(c.seed)
     model = build(c)
     if c.init and not state:
@@ -1153,9 +1158,9 @@ def run(config, told):
             raise ValueError(f"{out}/state.pt: does not fit its own config ({brief(error)})") from None
 
     # music: chunks of fresh tracks go into a ring, the pool, which holds two batches before the first step
-    slots = -(-c.pool // c.fresh)
-    ahead = min(slots, -(-2 * c.batch // c.fresh))
-    chunk = max(0, done + ahead - slots)
+    slots = -(-c.pool // c.fresh)  # chunks that the ring holds, rounded up
+    ahead = min(slots, -(-2 * c.batch // c.fresh))  # chunks before the first step
+    chunk = max(0, done + ahead - slots)  # a resumed run fills its ring again, with the same music
     stream, chunks = music_stream(c, rank, device, chunk, c.steps + ahead)
     pool, skipped = None, {}
 
@@ -1172,8 +1177,9 @@ def run(config, told):
         sounds = {"generated": SyntheticMusic(999).batch(128, 0)}  # seeds of training start at 4096
         if c.data:
             g, folder = torch.Generator().manual_seed(0), stream.folder
+            # 64 of its tracks, without labels, the same at every save
             sounds["folder"] = torch.stack([folder.pair(i % len(folder), g) for i in range(64)]), {}
-    bad, begin = 0, time.time()
+    bad, begin = 0, time.time()  # updates that failed in a row; speed counts from here
     bar = tqdm(total=c.steps, initial=done, unit="step", disable=rank > 0, dynamic_ncols=True)
     for step in range(done, c.steps):
         # fresh tracks into the pool, a batch out of it
@@ -1188,8 +1194,8 @@ def run(config, told):
                 bar.write(f"skipped {len(skipped)} files that cannot be used: {named}")
             chunk += 1
         g = torch.Generator().manual_seed(stream.seed * 2 ** 32 + step)
-        pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)
-        statistics = [b.clone() for b in model.buffers()]
+        pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # no track twice
+        statistics = [b.clone() for b in model.buffers()]  # `center` and BatchNorm move them in forward
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g)
 
         # the update, unless its gradient is not finite
@@ -1218,7 +1224,7 @@ def run(config, told):
         # log, watch for the shortcut, save
         if rank == 0:
             loss = values.get("nt_xent", 0) + c.eq_weight * values.get("cpsd", 0)
-            rate = (step + 1 - done) * c.batch * world_size() / (time.time() - begin)
+            rate = (step + 1 - done) * c.batch * world_size() / (time.time() - begin)  # tracks a second
             both = [values.get(k, math.nan) for k in ("nt_xent", "cpsd")]
             row = [loss, *both, learning_rate(step, c), rate]
             log.write(f"{step + 1}," + ",".join(f"{x:.6g}" for x in row) + "\n")
@@ -1226,7 +1232,7 @@ def run(config, told):
             bar.set_postfix(loss=f"{loss:.3f}", **shown, tracks_s=f"{rate:.0f}")
             bar.update()
             last = step + 1 == c.steps
-            due = last or (step + 1) % c.save_every == 0
+            due = last or (step + 1) % c.save_every == 0  # for a look and a save
             for sound, (waves, labels) in sounds.items() if due and "eq" in c.tasks else ():
                 truth = labels["key_signature"].to(device) if labels else None
                 m = monitor(model.eval(), waves.to(device), truth)
@@ -1240,7 +1246,7 @@ def run(config, told):
         if told and step + 1 < c.steps:
             bar.close()
             print(f"{out}: stopped, saved after step {step + 1}; the same command goes on from there")
-            raise SystemExit(128 + told[0])
+            raise SystemExit(128 + told[0])  # what a shell reports of a process ended by this signal
     bar.close()
     return out
 

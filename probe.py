@@ -51,22 +51,22 @@ def readouts(layers, class_tokens=(), edge=0):
 
     Sequences are averaged or repeated to 126 frames, of which the encoder misses `edge` at either end. Narrow
     layers end in zeros. A single class token has no cls_avg, and without any there is only seq_avg."""
-    n, dim, clips, seq = len(class_tokens), max(x.shape[-1] for x in layers), [], []
+    n, dim, clips, seq = len(class_tokens), max(x.shape[-1] for x in layers), [], []  # widths may differ
     for x in layers:
-        found = dict(zip(class_tokens, x[:, :n].unbind(1)))
+        found = dict(zip(class_tokens, x[:, :n].unbind(1)))  # each [B, dim_l]
         for name, tokens, least in (("cls_avg", x[:, :n], 2), ("seq_avg", x[:, n:], 0), ("all_avg", x, 1)):
             if n >= least:
                 found[name] = tokens.mean(1)
         clips.append(F.pad(torch.stack([*found.values()]).float(), (0, dim - x.shape[-1])))  # [r, B, dim]
         frames = F.adaptive_avg_pool1d(x[:, n:].float().mT, mt2.FRAMES - 2 * edge)  # [B, dim_l, frames]
         seq.append(F.pad(F.pad(frames, (edge, edge), mode="replicate").mT, (0, dim - x.shape[-1])))
-    return dict(zip(found, torch.stack(clips, 1)), seq=torch.stack(seq))
+    return dict(zip(found, torch.stack(clips, 1)), seq=torch.stack(seq))  # [layers, B, ...] each
 
 def of_model(model, spectra):
     """A system out of a model of mt2.py; `spectra` is the front end that all systems of a table share."""
     if isinstance(model, mt2.TUNe):  # sees the middle 59,049 of 64,000 samples
         return lambda wave: readouts(model.layers(wave), edge=5)
-    del model.front_end
+    del model.front_end  # it holds no weights, and the shared one works once per batch for all
     model.front_end = spectra
     return lambda wave: readouts(model.layers(wave), model.class_tokens)
 
@@ -93,7 +93,7 @@ def of_spectrum(name, spectra):
         if name == "flux":
             return {"curve": F.pad(mel.diff(dim=1).clamp_min(0).mean(2), (1, 0))[None, ..., None]}
         octave = (10 ** (vqt[..., :84] / 20)).unflatten(2, (7, 12)).sum(2)  # [B, frames, 12]
-        octave = octave / octave.amax((1, 2), keepdim=True)
+        octave = octave / octave.amax((1, 2), keepdim=True)  # loudness is no chroma
         x = octave if name == "chroma" else mt2.unit_range(mel)
         near = F.pad(x.mT, (2, 2), mode="replicate").mT.unfold(1, 5, 1)[..., ::2].flatten(2)
         return {"mean+std": torch.cat([x.mean(1), x.std(1)], -1)[None], "seq": near[None]}
@@ -108,7 +108,7 @@ def of_package(spec, device, download=False, trust=False):
     need(where, f"--encoder {spec}: write muq:FOLDER, mert:FOLDER, musicfm:FOLDER or module:callable")
     if fix and not download:
         need(Path(where).is_dir(), f"--encoder {spec}: no such folder; or add --download to fetch it by name")
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a local folder never asks the network
     try:
         rate, layers = 24000, lambda wave: model(wave, output_hidden_states=True).hidden_states
         if kind == "muq":
@@ -131,7 +131,7 @@ def of_package(spec, device, download=False, trust=False):
             rate = getattr(layers, "rate", SAMPLE_RATE)
         read = lambda wave: readouts(layers(resample(wave, SAMPLE_RATE, rate)))
         with torch.no_grad():
-            read(torch.zeros(2, SAMPLES, device=device))
+            read(torch.zeros(2, SAMPLES, device=device))  # what does not fit is known before all music
         return read
     except Exception as error:  # foreign code raises anything
         missing = isinstance(error, ImportError)
@@ -160,11 +160,11 @@ def fit(x, y, multi, l2=L2, steps=40):
     With Nesterov's momentum 40 such steps are enough."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
     (G, N, D), K, C = x.shape, len(l2), y.shape[1]
-    decay = torch.tensor(l2, device=x.device)[:, None].repeat(1, D)
+    decay = torch.tensor(l2, device=x.device)[:, None].repeat(1, D)  # [K, D]
     decay[:, -1] = 1e-6  # the bias is free
     bound = (0.25 if multi else 0.5) * (x.mT @ x / N)[:, None] + torch.diag_embed(decay)  # [G, K, D, D]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))
-    w = ahead = x.new_zeros(G, K, D, C)
+    w = ahead = x.new_zeros(G, K, D, C)  # ahead: where momentum is about to carry w
     for step in range(steps):
         logits = (x @ ahead.transpose(1, 2).flatten(2)).unflatten(2, (K, C))  # [G, N, K, C]
         error = (activate(logits, multi) - y[:, None]).flatten(2)  # [G, N, K C]
@@ -183,10 +183,10 @@ def probe(x, y, held_x, held_y, multi, mix=False):
     if not mix:
         w = fit((x - mean) / std, y, multi)
         logits = ((held_x - mean) / std)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C]
-        loss, best = cross_entropy(logits, held_y, multi).min(1)
+        loss, best = cross_entropy(logits, held_y, multi).min(1)  # [G] each: over the strengths of decay
         w = w[torch.arange(len(w)), best]
         return lambda x: (x - mean) / std @ w[:, :-1] + w[:, -1:], loss, None
-    shapes = (len(x), 1, 1), (x.shape[2], y.shape[1]), (y.shape[1],)
+    shapes = (len(x), 1, 1), (x.shape[2], y.shape[1]), (y.shape[1],)  # of the shares, weights and biases
     share, w, b = params = [torch.zeros(shape, device=x.device, requires_grad=True) for shape in shapes]
     predict = lambda x: ((share.softmax(0) * ((x - mean) / std)).sum(0) @ w + b)[None]
     # 20 iterations: from then on the shares fit noise until one layer takes all, and scores fall
@@ -194,7 +194,7 @@ def probe(x, y, held_x, held_y, multi, mix=False):
 
     def loss():
         optimizer.zero_grad()
-        total = cross_entropy(predict(x), y, multi).sum() + 0.005 * w.square().sum()
+        total = cross_entropy(predict(x), y, multi).sum() + 0.005 * w.square().sum()  # decay: .01
         total.backward()
         return total
     optimizer.step(loss)
@@ -217,10 +217,10 @@ def ranking(truth, scores):
     columns that hold both positives and negatives. Ties enter together, and count half."""
     ap, auc, mean = [], [], lambda v: float(np.mean(v)) if v else math.nan
     for t, s in zip(truth.T, scores.T):
-        order, n = np.argsort(-s), t.sum()
+        order, n = np.argsort(-s), t.sum()  # the surest first; n positives
         if 0 < n < len(t):
             last = np.append(np.diff(s[order]) != 0, True)  # the last of each group of ties
-            hits, ranks = np.cumsum(t[order])[last], np.flatnonzero(last) + 1
+            hits, ranks = np.cumsum(t[order])[last], np.flatnonzero(last) + 1  # of each group
             ap.append((np.diff(hits, prepend=0) * hits / ranks).sum() / n)
             hits, ranks = np.append(0, hits), np.append(0, ranks)  # the ROC curve: misses against hits
             auc.append(((hits[1:] + hits[:-1]) / 2 * np.diff(ranks - hits)).sum() / (n * (len(t) - n)))
@@ -257,7 +257,7 @@ def clip_task(name, truth, owner):
         right, said = y[test].numpy(), p[test].numpy()
         if tags:
             return ranking(right, said)
-        right, said = right.argmax(1), said.argmax(1)
+        right, said = right.argmax(1), said.argmax(1)  # indices of classes
         if kind == "tempo":
             return tempo_accuracy(np.array([truth[i] for i in test]), np.array(names)[said])
         scores = {"accuracy": float((right == said).mean())}
@@ -294,12 +294,12 @@ def event_task(name, truth, owner, now):
         if truth[file] is None:
             y[i] = math.nan
         else:
-            frame = np.round((truth[file] - now[i, 0].item()) / HOP_S)
+            frame = np.round((truth[file] - now[i, 0].item()) / HOP_S)  # may lie in another window
             y[i, frame[(frame >= 0) & (frame < now.shape[1])].astype(int)] = 1
 
     def score(p, test, valid):
         p = p[:, :-1, 0]  # the last frame of a window is the first of the next
-        peak, held, values = peaks(p), torch.isin(owner, valid), []
+        peak, held, values = peaks(p), torch.isin(owner, valid), []  # held: windows of validation files
         heights = F.pad(p[held][peak[held]].sort(descending=True).values, (0, 1))
         least = heights[min(int(y[held, :-1].sum()), len(heights)) - 1]  # as many peaks as `valid` has events
         for file in (i for i in test.tolist() if len(truth[i])):
@@ -314,19 +314,23 @@ LIMIT = 120.0  # seconds that are read of a file
 
 def generated(truth):
     """Batches for `collect`; fills `truth` {task: labels, one per clip} on the way."""
+    names = list(mt2.INSTRUMENTS)
     for part, (n, local) in enumerate(zip(COUNTS, LOCAL)):
         music = mt2.SyntheticMusic(1001 + part)  # training seeds start at 4096
         for step in range(n // CHUNK):
             waves, labels = music.batch(CHUNK, step)
             for task in ("key", "key_signature", "instrument", "tempo"):
                 truth.setdefault(task, []).extend(labels[task].tolist())
+            # as in MagnaTagATune, tags of both turfs in one task: key signature and lead instrument
+            both = zip(labels["key_signature"].tolist(), labels["instrument"].tolist())
+            truth.setdefault("tags", []).extend({PITCHES[key], names[i]} for key, i in both)
             for chord, *events in zip(*(labels[k][:, 0].numpy() for k in ("chord", "beats", "onsets"))):
                 begin = np.arange(len(chord)) * HOP_S
                 spans = np.stack([begin, begin + HOP_S], 1), [CHORDS[c] for c in chord]
-                truth.setdefault("chord", []).append(spans)
+                truth.setdefault("chord", []).append(spans)  # as read from a .lab file
                 for task, times in zip(("beat", "onset"), events):
                     truth.setdefault(task, []).append(np.sort(times[times >= 0]))  # drops NaN
-            files = sum(COUNTS[:part]) + step * CHUNK + torch.arange(CHUNK)
+            files = sum(COUNTS[:part]) + step * CHUNK + torch.arange(CHUNK)  # each clip counts as a file
             yield waves[:, 0], files, torch.zeros(CHUNK), step * CHUNK < local
 
 def open_sound(path):
@@ -348,7 +352,7 @@ def cut(path):
         wave = resample(torch.from_numpy(wave), file.samplerate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
         tqdm.write(f"{path}: shorter than {SECONDS:g} s, padded with silence", file=sys.stderr)
-    count = max(1, math.ceil((len(wave) - SAMPLES // 4) / SAMPLES))
+    count = max(1, math.ceil((len(wave) - SAMPLES // 4) / SAMPLES))  # windows
     return F.pad(wave, (0, SAMPLES))[:count * SAMPLES].view(count, SAMPLES)
 
 def read_files(files, frames=True):
@@ -376,7 +380,7 @@ def parse(task, text, folder, seconds):
         try:
             rows = np.array([line.split()[:3] for line in path.read_text().splitlines() if line.strip()])
             times, labels = rows[:, :width].astype(float), rows[:, 2] if kind == "chord" else ()
-            good = times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()
+            good = times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # written labels are rounded
         except (ValueError, IndexError):
             good = False
         need(good, f"{path}: empty or not labels; a line starts with {width} rising time(s) in seconds")
@@ -386,9 +390,9 @@ def parse(task, text, folder, seconds):
         return (times, labels.tolist()) if kind == "chord" else times[:, 0]
     return {tag.strip() for tag in text.split("|") if tag.strip()} if kind == "tags" else text
 
-def manifest(path, tasks, seed):
+def manifest(path, tasks, seed=0, fit=True):
     """-> files, {task: truth per file}, {task: (train, valid, test) file numbers}. ValueError or OSError for
-    what is wrong with it, before anything is computed."""
+    what is wrong with it, before anything is computed; `fit`: also for what a probe cannot be trained on."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, restval=""))
@@ -406,7 +410,7 @@ def manifest(path, tasks, seed):
     split = [row.get("split", part).strip() for row, part in zip(rows, drawn)]
     wrong = sorted(set(split) - {"train", "valid", "test"})
     need(not wrong, f"{path}: split {wrong[:1]} is not train, valid or test")
-    seconds = [sound.frames / sound.samplerate for sound in map(open_sound, files)]
+    seconds = [sound.frames / sound.samplerate for sound in map(open_sound, files)]  # no decoding
     for task in tasks:
         try:
             cells = [(row[task].strip(), folder, s) for row, s in zip(rows, seconds)]
@@ -415,12 +419,12 @@ def manifest(path, tasks, seed):
             raise ValueError(f"{path}, column '{task}': {error}") from None
         if any(isinstance(v, set) for v in truth[task]):  # a file with a single tag has no bar
             truth[task] = [{v} if isinstance(v, str) else v for v in truth[task]]
-        labelled = [(i, split[i], v) for i, v in enumerate(truth[task]) if v is not None]
+        labelled = [(i, split[i], v) for i, v in enumerate(truth[task]) if v is not None]  # file, part, label
         parts[task] = [torch.tensor([i for i, s, _ in labelled if s == part], dtype=torch.long)
                        for part in ("train", "valid", "test")]
-        need(len(parts[task][0]) > 1 and len(parts[task][2]), f"{path}: column '{task}' has "
+        need(not fit or len(parts[task][0]) > 1 and len(parts[task][2]), f"{path}: column '{task}' has "
              f"{len(parts[task][0])} labels in train and {len(parts[task][2])} in test; it needs 2 and 1")
-        if KINDS.get(task, "tags") in ("key", "tags"):
+        if fit and KINDS.get(task, "tags") in ("key", "tags"):
             sets = [(part, v if isinstance(v, set) else {v}) for _, part, v in labelled]
             train, test = (set().union(*(v for p, v in sets if p == part)) for part in ("train", "test"))
             new = sorted(test - train) if task != "key" else []
@@ -487,7 +491,7 @@ def study(found, tasks, parts, device, mix=False):
             few = math.ceil(len(train) / (10 if len(valid) else 5))
             part = train[few:], valid if len(valid) else train[:few], test
             scores, losses, _ = evaluate(torch.cat([*wanted.values()]), task, part, device)
-            places = [(r, layer) for r, x in wanted.items() for layer in range(len(x))]
+            places = [(r, layer) for r, x in wanted.items() for layer in range(len(x))]  # in the same order
             for r, x in wanted.items() if mix else ():
                 if len(x) > 1 and x.shape[-1] > 1:
                     score, loss, weights = evaluate(x, task, part, device, mix=True)
@@ -556,7 +560,7 @@ def layers_figure(results):
     rows, tasks, handles = by_task(results), list(dict.fromkeys(row["task"] for row in results)), {}
     systems = list(dict.fromkeys(system for system, _ in rows))
     references = [s for s in systems if s.endswith(REFERENCES)]
-    width, height = min(4, len(tasks) + 1), math.ceil((len(tasks) + 1) / 4)
+    width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)
     figure, axes = canvas(height, width, (3.2 * width, 2.7 * height))
     for (system, task), mine in rows.items():
         ax = axes.flat[tasks.index(task)]
@@ -615,9 +619,9 @@ def attention_figure(model, wave):
 
 def circle_figure(model, waves):
     """y around the circle of fifths, time outwards, one value a second, of consecutive windows [n, 64000]."""
-    waves, middle = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE), mt2.N_OFFSETS // 2
+    waves, middle = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE), mt2.N_OFFSETS // 2  # one a second
     c_major, fifths = mt2.calibrate(model, waves.device), 7 * torch.arange(12) % 12
-    angle = -(mt2.key_phase(model, waves)[0] * c_major.conj()).angle().cpu().numpy()
+    angle = -(mt2.key_phase(model, waves)[0] * c_major.conj()).angle().cpu().numpy()  # 0: C major; clockwise
     bin_of_c = int(mt2.key_signature(c_major, torch.ones_like(c_major)))  # in y with the crop undone
     y = torch.cat([model.pitch(chunk)[0] for chunk in waves.split(64)]).cpu()
     y = y[:, (fifths + bin_of_c - middle) % 12]  # [n, 12] around the circle
@@ -646,7 +650,7 @@ def measure(models, others, args, device):
         files, truth, parts = manifest(args.data, asked, args.seed)
         batches, total = read_files(files), len(files)
     else:
-        names = "key", "key_signature", "instrument", "tempo", "chord", "beat", "onset"
+        names = "key", "key_signature", "instrument", "tags", "tempo", "chord", "beat", "onset"
         wrong, asked, edges = sorted({*asked} - {*names}), asked or names, np.cumsum((0, *COUNTS))
         need(not wrong, f"--task {wrong[:1]}: generated music has {', '.join(names)}; for others give --data")
         parts = dict.fromkeys(names, [torch.arange(a, b) for a, b in zip(edges, edges[1:])])
@@ -707,7 +711,8 @@ def command_key(args):
     device, lines, away = mt2.pick_device(args.device), [], []
     crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
     need(bool(args.file) != bool(args.data), "key: name sound files, or a manifest with --data")
-    files, truth, _ = manifest(args.data, ["key"], 0) if args.data else (args.file, {}, None)
+    files, truth, _ = manifest(args.data, ["key"], fit=False) if args.data else (args.file, {}, None)
+    need(files, f"{args.data}: no file has a key")
     model = mt2.load(args.run, device)
     need("eq" in model.class_tokens, f"{args.run}: has no equivariant token, so it cannot tell keys")
     c_major = mt2.calibrate(model, device, crops)

@@ -376,6 +376,13 @@ def test_the_segments_of_a_track_have_other_notes(music):
 
 
 @pytest.mark.parametrize("minor", [0, 1])
+def test_every_chord_of_rich_music_is_a_major_or_a_minor_triad(minor):
+    rng, rich = random.Random(0), types.SimpleNamespace(rich=True, minor=minor, tonic=3, per_chord=1)
+    triads = {tuple(triad) for *_, triad in SyntheticMusic().harmony(rng, rich, 2000)}
+    assert {((b - a) % 12, (c - a) % 12) for a, b, c in triads} == {(3, 7), (4, 7)} and len(triads) > 6
+
+
+@pytest.mark.parametrize("minor", [0, 1])
 def test_chord_labels_agree_with_the_sound(music, minor):
     _, labels, power = music
     mine = (labels["chord"] // 12 == minor) & (power.sum(3) > 0)
@@ -1144,7 +1151,7 @@ def test_the_table_on_generated_music_has_every_task_and_its_references(small_ru
     said = probe_main(capsys, small_run / "run", "--out", small_run / "out")
     rows = json.loads((small_run / "out" / "results.json").read_text())
     assert {"encoder", "task", "readout", "layer", "metric", "value", "n_train", "n_test"} <= rows[0].keys()
-    tasks = {"key", "key_signature", "instrument", "tempo", "chord", "beat", "onset"}
+    tasks = {"key", "key_signature", "instrument", "tags", "tempo", "chord", "beat", "onset"}
     assert {r["task"] for r in rows} == tasks
     mine = {(r["readout"], r["layer"]) for r in rows if r["task"] == "key" and r["encoder"].endswith("run")}
     assert mine == {(readout, layer) for readout in probe.READOUTS for layer in (0, 1)}
@@ -1283,6 +1290,11 @@ def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monk
     said = capsys.readouterr()
     assert said.out.count("C major,A minor,1.00") == 4
     assert "0.500 right, 0.750 within a fifth, of 4 files" in said.err
+    (small_run / "keys.csv").write_text("path,key\nsong0.wav,G major")  # no probe, so one file is enough
+    probe.main(["key", str(small_run / "run"), "--data", str(small_run / "keys.csv")])
+    assert "0.000 right, 1.000 within a fifth, of 1 files" in capsys.readouterr().err
+    (small_run / "keys.csv").write_text("path,key\nsong0.wav,")
+    assert "no file has a key" in probe_main(capsys, "key", small_run / "run", "--data", small_run / "keys.csv")
 
 
 def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
