@@ -10,7 +10,8 @@ the music sounds like (NT-Xent: two segments of one track must agree). Nobody ev
 
 The file reads in the order in which sound flows: wave, spectrogram, patches, transformer, class tokens,
 losses, data, loop, command line. "Ours" marks every choice that the papers leave open; "measured" gives what
-a choice was worth. B: clips in a batch, F: frames, D: width of a token.
+a choice was worth, "prototype" what it was worth in throw-away runs before this file. In shapes B is clips,
+F frames, D the width of a token.
 """
 import argparse
 import dataclasses
@@ -62,7 +63,7 @@ class Config:
     expansion: int = knob(4, "of TUNe: expansion layers, 1 to 4; 0 is CLMR's SampleCNN", 0, 4)
     tasks: tuple = knob(("eq", "con"), "class tokens, in token order: eq,con | eq | con")
     inputs: tuple = knob(("mel", "vqt"), "branches, whose tokens are added: mel,vqt | mel | vqt")
-    steps: int = knob(1500, "optimiser steps (paper: about 1000 epochs of 512)", 1)
+    steps: int = knob(2000, "optimiser steps (paper: about 1000 epochs of 512)", 1)
     batch: int = knob(128, "tracks per step and process (paper: 128)", 2)
     seed: int = knob(0, "of weights, music and views", 0, 2 ** 17)
     device: str = knob("auto", "auto | cpu | cuda | mps")
@@ -79,9 +80,9 @@ class Config:
     warmup: int = knob(50, "steps of linear warm-up; ours", 1)
     fresh: int = knob(12, "new tracks per step; the rest of a batch is drawn from the pool; ours", 1)
     pool: int = knob(2048, "tracks that the pool remembers; ours", 1)
-    easy: float = knob(0.2, "share of the run with easy music before an equal ramp to rich; ours", 0, 0.5)
+    easy: float = knob(0.2, "share of the run with easy music; then a ramp as long, then --data", 0, 0.5)
     gap: float = knob(30.0, "seconds between the starts of segments A and B of a file, at most; ours", 0)
-    workers: int = knob(-1, "processes that make music; -1: half of the cores", -1, 1e3)
+    workers: int = knob(-1, "processes that make or read music; -1: half of the cores", -1, 1e3)
     save_every: int = knob(250, "steps between saves", 1)
 
     def __post_init__(self):
@@ -223,7 +224,7 @@ class Block(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)  # x itself never is
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)  # all heads at once
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
@@ -237,7 +238,7 @@ class Block(nn.Module):
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
     def forward(self, x, first=None):
-        """first: how many tokens are asked for, None: all; the others are only listened to."""
+        """first: how many leading tokens to return, None: all; they still attend to all."""
         q, k, v = self.project(x)
         q, x = q[:, :, :first], x[:, :first]
         if x.is_cuda:
@@ -294,7 +295,8 @@ class MT2(nn.Module):
         contrastive loss the usual start does not get going (prototype: exact key .08 instead of .92 after
         940 steps); an identity beats a random orthonormal patch (measured, one run: .91 instead of .86)."""
         weight = self.patch_vqt[1].weight  # [D, 84]
-        (nn.init.eye_ if len(weight) >= N_CROP else nn.init.orthogonal_)(weight).mul_(1.5)
+        start = nn.init.eye_ if len(weight) >= N_CROP else nn.init.orthogonal_
+        start(weight).mul_(1.5)
         self.head_eq.weight.copy_(1.5 * self.patch_vqt[1].weight.T)
         for block in self.blocks:
             block.out.weight.mul_(0.2)
@@ -333,14 +335,15 @@ class MT2(nn.Module):
         return self.head_eq(token).float().view(-1, 7, 12).mean(1)
 
     def center(self, logits, offset):
-        """Logits [B, 12] minus their mean over all clips of a crop offset, over twice their own std (ours).
+        """Logits [B, 12] minus the mean logits of all clips at the same crop offset, divided by twice each
+        clip's own root mean square (ours).
 
-        Averaged over many songs, no key is preferred at any crop. Without this CPSD is solved by reading the
+        The mean: over many songs no key is preferred at any crop. Without it CPSD is solved by reading the
         offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead of .90).
         Twice: a soft y can point between two pitch classes, where a sharp one snaps to either, and to which
-        of them differs from run to run (measured, one run: .70 of real 4 s windows exact instead of .63).
-        Own: with the batch's std an hour of training gave up on what it could not tell, to be surer of the
-        rest (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
+        of them differs from run to run (measured, one run: .70 of real 4 s windows exact instead of .63;
+        three times: .68). Own: with the batch's an hour of training gave up on what it could not tell, to be
+        surer of the rest (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
         mean = self.offset_mean
         if self.training:
             same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
@@ -410,7 +413,8 @@ class TUNe(nn.Module):
         self.config, self.class_tokens, up, w = config, (), config.expansion, self.WIDTHS
 
         def conv(i, o, stride=1):
-            return nn.Sequential(nn.Conv1d(i, o, 3, stride, stride % 3), nn.BatchNorm1d(o), nn.ReLU())
+            padding = stride % 3  # 1 at stride 1, none at stride 3
+            return nn.Sequential(nn.Conv1d(i, o, 3, stride, padding), nn.BatchNorm1d(o), nn.ReLU())
         if up:
             self.down = nn.ModuleList(conv(i, o) for i, o in zip((1,) + w, w))  # 59,049 to 729 frames
             # each expansion layer: three times the frames, joined with the contraction's of that length
@@ -456,7 +460,7 @@ def world_size():
 
 
 def all_sum(x):
-    """Sum over all processes; its gradient is summed as well."""
+    """Sum over all processes; backward sums their gradients."""
     return x if world_size() == 1 else dist_nn.all_reduce(x)
 
 
@@ -847,17 +851,21 @@ class Stream(Dataset):
     """Chunk i of a run's music, `fresh` tracks, as what the encoder eats, in half precision: mel
     [n, 2, 126, 128] and VQT [n, 2, 126, 99] in dB, or waves [n, 2, 64000]; and {file: reason} of bad files.
 
-    A function of (config, rank, i) alone, so that a run can stop and go on anywhere."""
+    A function of (config, rank, i) and the files, so that a run can stop and go on anywhere."""
 
     def __init__(self, config, rank=0):
         self.config, self.seed = config, (config.seed + 1) * 4096 + rank
         self.folder = AudioFolder(config.data, gap=config.gap) if config.data else None
         self.music, self.front_end = SyntheticMusic(self.seed), FrontEnd()
 
+    def generator(self, i):
+        """Randomness of chunk or step i; torch reads only the low 32 bits of a seed."""
+        return torch.Generator().manual_seed(((self.seed - 4096) * 1_000_003 + i) % 2 ** 32)
+
     def __getitem__(self, i):
         c, progress = self.config, i / self.config.steps
         if self.folder and (c.init or progress >= 2 * c.easy):  # without --init, generated music warms up
-            g = torch.Generator().manual_seed(self.seed * 2 ** 32 + i)
+            g = self.generator(i)
             tracks = torch.randint(len(self.folder), (c.fresh,), generator=g).tolist()  # files, with repeats
             waves = torch.stack([self.folder.pair(track, g) for track in tracks])  # [fresh, 2, 64000]
         else:  # first easy, then more and more rich: rich from the start led into the shortcut (prototype)
@@ -885,9 +893,10 @@ def pitch_fork():
 
 @torch.no_grad()
 def key_phase(model, waves, offsets=(N_OFFSETS // 2,)):
-    """Waves [B, T] -> y on the circle of fifths, the crop's rotation undone: complex [len(offsets), B]."""
-    y = torch.cat([model.pitch(chunk, offsets) for chunk in waves.split(64)], dim=1)  # [offsets, B, 12]
-    undo = torch.tensor([-2j * math.pi * 7 * c / 12 for c in offsets]).exp().to(y.device)
+    """Waves [B, T] -> y on the circle of fifths, the crop's rotation undone: complex [len(offsets), B], on
+    the CPU, as not every device has complex numbers."""
+    y = torch.cat([model.pitch(chunk, offsets) for chunk in waves.split(64)], dim=1).cpu()  # [offsets, B, 12]
+    undo = torch.tensor([-2j * math.pi * 7 * c / 12 for c in offsets]).exp()
     return torch.view_as_complex(phase(y).contiguous()) * undo[:, None]
 
 
@@ -898,7 +907,7 @@ def calibrate(model, device="cpu", offsets=(N_OFFSETS // 2,)):
     cadence is too pure: its y snaps to one pitch class, often beside real music's (measured, one run: .87 of
     real pieces exact instead of .88)."""
     waves, labels = SyntheticMusic(998).batch(64, 0)  # waves [64, 2, samples]: 128 clips
-    turn = torch.exp(2j * math.pi * 7 / 12 * labels["key_signature"].repeat_interleave(2).to(device))
+    turn = torch.exp(2j * math.pi * 7 / 12 * labels["key_signature"].repeat_interleave(2))
     return (key_phase(model, waves.flatten(0, 1).to(device), offsets).sgn() * turn).mean().sgn()
 
 
@@ -913,7 +922,7 @@ MONITOR = ("agree", "equivariance", "fork", "follows_key", "follows_offset", "ex
 
 @torch.no_grad()
 def monitor(model, waves, truth=None):
-    """Has y learned key? Waves [n, 2, 64000], key signatures [n] if known -> {name: 0 to 1, NaN if unknown}.
+    """Has y learned key? Waves [n, 2, 64000], key signatures [n] if known -> {name: <= 1, NaN if unknown}.
 
     agree: phases of A and B. equivariance: phases of A over crops 2, 5, 8, 11, 14 (a right angle apart),
     rotated back; fork: the same of the pitch fork. Near 1 only if y rotates with the crop. follows_key,
@@ -925,8 +934,8 @@ def monitor(model, waves, truth=None):
     result = dict(agree=(a[2] * b.conj()).real.mean(), equivariance=a.mean(0).abs().mean(),
                   fork=fork.mean().abs(), follows_offset=a.mean().abs())
     if truth is not None:
-        same = F.one_hot(truth, 12).float()  # keys count alike, so that only what ignores key remains
-        weight = (same / same.sum(0).clamp_min(1)).sum(1) / (same.sum(0) > 0).sum()
+        count = torch.bincount(truth, minlength=12)
+        weight = 1 / (count[truth] * (count > 0).sum())  # keys count alike: only what ignores key remains
         away = (7 * (key_signature(a[2] + b, calibrate(model, waves.device)) - truth)) % 12  # in fifths
         result |= dict(follows_offset=(a.mean(0) * weight).sum().abs(), exact=(away == 0).float().mean(),
                        fifth=((away <= 1) | (away == 11)).float().mean(),
@@ -937,7 +946,8 @@ def monitor(model, waves, truth=None):
 def verdict(m):
     """What the figures of `monitor` say, in words."""
     if not (m["follows_offset"] < 0.3 and m["fork"] > 0.5 and m["equivariance"] > 0.5):  # NaN fails as well
-        return "SHORTCUT or nothing learned: y does not rotate with the crop"
+        few = ", or few keys in this folder" if math.isnan(m["exact"]) else ""
+        return f"SHORTCUT or nothing learned{few}: y follows the crop's offset, or does not rotate with it"
     how = "rotates" if min(m["fork"], m["equivariance"]) > 0.9 else "begins to rotate"
     words = f"y {how} with the crop (fork {m['fork']:.2f}, offset alone {m['follows_offset']:.2f})"
     if math.isnan(m["exact"]):
@@ -1025,7 +1035,7 @@ def read_checkpoint(path, *needed):
     """-> content and its Config. Plain data and tensors only (weights_only): nothing in a file can run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := {"model", *needed} - content.keys():
+        if missing := {"model", "config", *needed} - content.keys():
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
         return content, Config(**content["config"])
     except Exception as error:  # a hostile or broken file may raise anything
@@ -1066,7 +1076,10 @@ def resume(config, out):
 
 def open_log(path, columns, last_step):
     """A CSV to append to, cut back to whole rows up to last_step: never a gap, a repeat or half a line."""
-    rows = [row.split(",") for row in (path.read_text().splitlines()[1:] if path.exists() else ())]
+    header, *rows = (path.read_text() if path.exists() else ",".join(columns)).splitlines() or [""]
+    if header != ",".join(columns):
+        raise ValueError(f"{path}: not a log of mt2; name another --out")
+    rows = [row.split(",") for row in rows]
     rows = [r for r in rows if len(r) == len(columns) and r[0].isdigit() and int(r[0]) <= last_step]
     path.with_suffix(".tmp").write_text("\n".join(",".join(row) for row in (columns, *rows)) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
@@ -1083,15 +1096,19 @@ def pick_device(name):
 
 
 def share_gradients(parameters, told):
-    """Average the gradients of all processes, in one reduction, which also carries whether anyone was `told`
-    to stop; then all are."""
+    """Average the gradients of all processes, in one reduction -> whether anyone was `told` to stop."""
     grads = [p.grad for p in parameters]  # every parameter is used in every step, so none is None
     flat = torch.cat([grad.flatten() for grad in grads] + [grads[0].new_tensor([len(told)])])
     dist.all_reduce(flat)
     for grad, mean in zip(grads, (flat / world_size()).split([grad.numel() for grad in grads] + [1])):
         grad.copy_(mean.view_as(grad))
-    if flat[-1].item() > 0 and not told:
-        told.append(signal.SIGTERM)
+    return flat[-1].item() > 0
+
+
+def set_apart(worker):
+    """A worker in a process group of its own, so that a signal to the run's group does not kill it."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def music_stream(c, rank, device, chunk, last):
@@ -1099,19 +1116,23 @@ def music_stream(c, rank, device, chunk, last):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     workers = max(1, cores // 2) if c.workers < 0 else c.workers  # 0: music is made between the steps
-    if device.type == "cpu":  # threads that wait for a core taken by a worker: steps up to ten times as long
+    if device.type == "cpu":  # with more threads than free cores a step takes up to ten times as long
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
     stream = Stream(c, rank)
-    return stream, iter(DataLoader(stream, batch_size=None, sampler=range(chunk, last), num_workers=workers))
+    return stream, iter(DataLoader(stream, batch_size=None, sampler=range(chunk, last), num_workers=workers,
+                                   worker_init_fn=set_apart))
 
 
 def train(config):
     """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.
 
-    SIGINT and SIGTERM save and raise SystemExit; ValueError, OSError, RuntimeError and FloatingPointError say
-    in one line what is wrong."""
+    SIGINT and SIGTERM save and raise SystemExit, the second one kills; ValueError, OSError, RuntimeError and
+    FloatingPointError say in one line what is wrong."""
     told = []
-    hear = lambda number, frame: told.append(number)  # and let the step end first
+
+    def hear(number, frame):  # the step ends first
+        told.append(number)
+        signal.signal(number, signal.SIG_DFL)
     before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return run(config, told)
@@ -1161,7 +1182,7 @@ def run(config, told):
     slots = -(-c.pool // c.fresh)  # chunks that the ring holds, rounded up
     ahead = min(slots, -(-2 * c.batch // c.fresh))  # chunks before the first step
     chunk = max(0, done + ahead - slots)  # a resumed run fills its ring again, with the same music
-    stream, chunks = music_stream(c, rank, device, chunk, c.steps + ahead)
+    stream, chunks = music_stream(c, rank, device, chunk, c.steps - 1 + ahead)
     pool, skipped = None, {}
 
     if rank == 0:
@@ -1174,8 +1195,8 @@ def run(config, told):
               f"{world_size()} x {device}, {clips * SECONDS:.0f} s of sound a step\n"
               f"at chance {', '.join(chance[t] for t in c.tasks)}; {out}: steps {done} to {c.steps}",
               flush=True)
-        sounds = {"generated": SyntheticMusic(999).batch(128, 0)}  # seeds of training start at 4096
-        if c.data:
+        sounds = {"generated": SyntheticMusic(999).batch(128, 0)} if "eq" in c.tasks else {}
+        if c.data and "eq" in c.tasks:
             g, folder = torch.Generator().manual_seed(0), stream.folder
             # 64 of its tracks, without labels, the same at every save
             sounds["folder"] = torch.stack([folder.pair(i % len(folder), g) for i in range(64)]), {}
@@ -1189,11 +1210,11 @@ def run(config, told):
             for ring, x in zip(pool, fresh):
                 ring[chunk % slots] = x.to(device)
             if found.keys() - skipped.keys():
-                named = "; ".join(f"{file} ({why})" for file, why in list(found.items())[:3])
-                named, skipped = "and more" if skipped else named, skipped | found
+                first = "; ".join(f"{file} ({why})" for file, why in list(found.items())[:3])
+                named, skipped = "and more" if skipped else first, skipped | found
                 bar.write(f"skipped {len(skipped)} files that cannot be used: {named}")
             chunk += 1
-        g = torch.Generator().manual_seed(stream.seed * 2 ** 32 + step)
+        g = stream.generator(step)
         pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # no track twice
         statistics = [b.clone() for b in model.buffers()]  # `center` and BatchNorm move them in forward
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g)
@@ -1201,10 +1222,9 @@ def run(config, told):
         # the update, unless its gradient is not finite
         optimizer.zero_grad()
         (terms.get("nt_xent", 0) + c.eq_weight * terms.get("cpsd", 0)).backward()
-        if world_size() > 1:
-            share_gradients(list(model.parameters()), told)
+        stop = share_gradients(list(model.parameters()), told) if world_size() > 1 else bool(told)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        *values, norm = torch.stack([*terms.values(), norm]).tolist()  # the step's one wait for the device
+        *values, norm = torch.stack([*terms.values(), norm]).tolist()  # in one transfer
         values = dict(zip(terms, values))
         bad = 0 if math.isfinite(norm) else bad + 1
         if not bad:
@@ -1233,20 +1253,21 @@ def run(config, told):
             bar.update()
             last = step + 1 == c.steps
             due = last or (step + 1) % c.save_every == 0  # for a look and a save
-            for sound, (waves, labels) in sounds.items() if due and "eq" in c.tasks else ():
-                truth = labels["key_signature"].to(device) if labels else None
-                m = monitor(model.eval(), waves.to(device), truth)
+            for sound, (waves, labels) in sounds.items() if due else ():
+                m = monitor(model.eval(), waves.to(device), labels.get("key_signature"))
                 model.train()
                 watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")
                 bar.write(f"step {step + 1}, {sound} music: {verdict(m)}")
-            if (due or told) and (not bad or last):
+            if (due or stop) and (not bad or last):
                 content = {"config": dataclasses.asdict(c), "model": model.state_dict()}
                 save(out / "state.pt", content | {"optimizer": optimizer.state_dict(), "step": step + 1})
                 save(out / "model.pt", content)
-        if told and step + 1 < c.steps:
+        if stop and step + 1 < c.steps:
             bar.close()
-            print(f"{out}: stopped, saved after step {step + 1}; the same command goes on from there")
-            raise SystemExit(128 + told[0])  # what a shell reports of a process ended by this signal
+            if rank == 0:
+                saved = "the last save stands" if bad else f"saved after step {step + 1}"
+                print(f"{out}: stopped, {saved}; the same command goes on from there")
+            raise SystemExit(128 + (told or [signal.SIGTERM])[0])  # what a shell reports of such an end
     bar.close()
     return out
 
@@ -1267,7 +1288,8 @@ def main():
         out = train(Config(**vars(parser.parse_args())))
         print(f"{out}/model.pt is trained; what it knows: python probe.py {out}")
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"mt2: {str(error).splitlines()[0]}")
+        lines = str(error).splitlines() or [type(error).__name__]
+        sys.exit(f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}")  # of a worker: its last line
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -72,10 +72,11 @@ def of_model(model, spectra):
 
 def attention(model, wave):
     """Attention to frames by class tokens and, on average, by frames: {name: [blocks, B, heads, frames]}."""
-    inputs, n = [], len(model.class_tokens)
+    inputs, n = [], len(model.class_tokens)  # what each block is given
     hooks = [b.register_forward_pre_hook(lambda block, x: inputs.append((block, *x))) for b in model.blocks]
     model.layers(wave)  # all blocks without mel where that is hidden from eq, then all blocks with it
     [hook.remove() for hook in hooks]
+    # [passes, blocks, B, heads, N, frames]
     maps = torch.stack([block.attention(x)[..., n:] for block, x in inputs]).unflatten(0, (-1, len(hooks)))
     paid = {name: maps[0 if name == "eq" else -1, ..., i, :] for i, name in enumerate(model.class_tokens)}
     return paid | {"seq": maps.mean(0)[..., n:, :].mean(3)}
@@ -158,19 +159,19 @@ def fit(x, y, multi, l2=L2, steps=40):
     Full-batch logistic regression without learning rate or random start. Boehning's bound: the Hessian is at
     most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots.
     With Nesterov's momentum 40 such steps are enough."""
-    x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # the bias is one more weight
     (G, N, D), K, C = x.shape, len(l2), y.shape[1]
     decay = torch.tensor(l2, device=x.device)[:, None].repeat(1, D)  # [K, D]
     decay[:, -1] = 1e-6  # the bias is free
     bound = (0.25 if multi else 0.5) * (x.mT @ x / N)[:, None] + torch.diag_embed(decay)  # [G, K, D, D]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))  # [G, K, D, D], once for all steps
     w = ahead = x.new_zeros(G, K, D, C)  # ahead: where momentum is about to carry w
     for step in range(steps):
         logits = (x @ ahead.transpose(1, 2).flatten(2)).unflatten(2, (K, C))  # [G, N, K, C]
         error = (activate(logits, multi) - y[:, None]).flatten(2)  # [G, N, K C]
         grad = (x.mT @ error / N).unflatten(2, (K, C)).transpose(1, 2) + decay[..., None] * ahead
-        last, w = w, ahead - inverse @ grad
-        ahead = w + step / (step + 3) * (w - last)
+        last, w = w, ahead - inverse @ grad  # down to the minimum of the bound
+        ahead = w + step / (step + 3) * (w - last)  # Nesterov's momentum
     return w
 
 def probe(x, y, held_x, held_y, multi, mix=False):
@@ -178,17 +179,17 @@ def probe(x, y, held_x, held_y, multi, mix=False):
 
     Standardised by the training rows; each probe has the decay that is best on the held-out rows.
     mix: one probe (logits [1, M, C]) on a learned mixture of the G layers, and its softmax weights [G]."""
-    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # [G, 1, D]
     std = torch.where(std > 1e-6, std, torch.inf)  # what never changes says nothing
     if not mix:
         w = fit((x - mean) / std, y, multi)
         logits = ((held_x - mean) / std)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C]
         loss, best = cross_entropy(logits, held_y, multi).min(1)  # [G] each: over the strengths of decay
-        w = w[torch.arange(len(w)), best]
+        w = w[torch.arange(len(w)), best]  # [G, D + 1, C]
         return lambda x: (x - mean) / std @ w[:, :-1] + w[:, -1:], loss, None
     shapes = (len(x), 1, 1), (x.shape[2], y.shape[1]), (y.shape[1],)  # of the shares, weights and biases
     share, w, b = params = [torch.zeros(shape, device=x.device, requires_grad=True) for shape in shapes]
-    predict = lambda x: ((share.softmax(0) * ((x - mean) / std)).sum(0) @ w + b)[None]
+    predict = lambda x: ((share.softmax(0) * ((x - mean) / std)).sum(0) @ w + b)[None]  # [1, M, C]
     # 20 iterations: from then on the shares fit noise until one layer takes all, and scores fall
     optimizer = torch.optim.LBFGS(params, max_iter=20, line_search_fn="strong_wolfe")
 
@@ -277,7 +278,7 @@ def chord_task(name, truth, owner, now):
     y = F.one_hot(index.clamp_min(0), len(CHORDS)).float().masked_fill(index[..., None] < 0, math.nan)
 
     def score(p, test, valid):
-        known = torch.isin(owner, test)[:, None] & (index >= 0)
+        known = torch.isin(owner, test)[:, None] & (index >= 0)  # [windows, frames]
         return {"majmin": (p.argmax(-1) == index)[known].float().mean().item()}
     return Task(y, owner, score)
 
@@ -289,7 +290,7 @@ def event_task(name, truth, owner, now):
     """Truth: times [n] in s per file. F-measure per file, beats within 70 ms, onsets within 50 ms."""
     import mir_eval
     f_measure = mir_eval.beat.f_measure if "beat" in name else lambda *a: mir_eval.onset.f_measure(*a)[0]
-    y = torch.zeros(*now.shape, 1)
+    y = torch.zeros(*now.shape, 1)  # 1 where a frame holds an event
     for i, file in enumerate(owner.tolist()):
         if truth[file] is None:
             y[i] = math.nan
@@ -300,9 +301,9 @@ def event_task(name, truth, owner, now):
     def score(p, test, valid):
         p = p[:, :-1, 0]  # the last frame of a window is the first of the next
         peak, held, values = peaks(p), torch.isin(owner, valid), []  # held: windows of validation files
-        heights = F.pad(p[held][peak[held]].sort(descending=True).values, (0, 1))
+        heights = F.pad(p[held][peak[held]].sort(descending=True).values, (0, 1))  # at least one: 0
         least = heights[min(int(y[held, :-1].sum()), len(heights)) - 1]  # as many peaks as `valid` has events
-        for file in (i for i in test.tolist() if len(truth[i])):
+        for file in (i for i in test.tolist() if len(truth[i])):  # F is not defined where nothing happens
             times = now[:, :-1][peak & (p >= least) & (owner == file)[:, None]]
             values.append(f_measure(truth[file], times.numpy()))
         return {"f_measure": float(np.mean(values)) if values else math.nan}
@@ -406,7 +407,7 @@ def manifest(path, tasks, seed=0, fit=True):
     lost = [str(file) for file in files if not file.is_file()]
     need(not lost, f"{path}: {len(lost)} of {len(files)} files are missing, as {lost[:1]}; fix column 'path'")
     order = np.random.default_rng(seed).permutation(len(rows))  # without a split a fifth is for testing
-    drawn = ["test" if i < len(rows) / 5 else "train" for i in order]
+    drawn = ["test" if i < len(rows) / 5 else "train" for i in order]  # of the rows in their order
     split = [row.get("split", part).strip() for row, part in zip(rows, drawn)]
     wrong = sorted(set(split) - {"train", "valid", "test"})
     need(not wrong, f"{path}: split {wrong[:1]} is not train, valid or test")
@@ -442,7 +443,7 @@ def collect(systems, batches, device):
     for waves, files, start, frames in batches:
         waves = waves.to(device)
         owner.append(files)
-        local += [files] * frames
+        local += [files] * frames  # `frames` counts as 0 or 1
         now += [start[:, None] + torch.arange(mt2.FRAMES) * HOP_S] * frames
         for name, read in systems.items():
             for readout, x in read(waves).items() if frames or "attention" not in name[0] else ():
@@ -458,11 +459,11 @@ def evaluate(x, task, part, device="cpu", mix=False):
     if x.shape[-1] == 1:  # an onset curve speaks for itself
         held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]
         return [task.score(p, test, valid) for p in x.float()], held, None
-    frames = task.y.ndim == 3
+    frames = task.y.ndim == 3  # a frame task's targets are [windows, frames, C]
     y, flat = (task.y if frames else task.y[task.owner]).flatten(0, -2), x.flatten(1, -2)
     owner, data = task.owner.repeat_interleave(len(y) // len(task.owner)), []
     for files in (train, valid):
-        rows = (torch.isin(owner, files) & y.isfinite().all(-1)).nonzero()[:, 0]
+        rows = (torch.isin(owner, files) & y.isfinite().all(-1)).nonzero()[:, 0]  # with a label
         need(len(rows) > 1, "too little labelled sound in the training or the validation part")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
@@ -470,7 +471,7 @@ def evaluate(x, task, part, device="cpu", mix=False):
     predict, loss, weights = probe(*data, task.multi, mix)
     with torch.no_grad():
         logits = torch.cat([predict(v.float().to(device)).cpu() for v in flat.split(2 ** 14, dim=1)], dim=1)
-    p = activate(logits, task.multi)
+    p = activate(logits, task.multi)  # [G, windows (x frames), C]
     if frames:
         p = p.unflatten(1, task.y.shape[:2])
     else:
@@ -488,7 +489,7 @@ def study(found, tasks, parts, device, mix=False):
         for seed in seeds if wanted else ():
             train, valid, test = parts[name]
             train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
-            few = math.ceil(len(train) / (10 if len(valid) else 5))
+            few = math.ceil(len(train) / (10 if len(valid) else 5))  # to leave out, or to validate on
             part = train[few:], valid if len(valid) else train[:few], test
             scores, losses, _ = evaluate(torch.cat([*wanted.values()]), task, part, device)
             places = [(r, layer) for r, x in wanted.items() for layer in range(len(x))]  # in the same order
@@ -497,7 +498,7 @@ def study(found, tasks, parts, device, mix=False):
                     score, loss, weights = evaluate(x, task, part, device, mix=True)
                     scores, losses, places = scores + score, losses + loss, places + [(f"{r} mix", 0)]
                     print(f"layers of {system} {r} for {name}:", *(f"{w:.2f}" for w in weights))
-            for place, *run in zip(places, scores, losses):
+            for place, *run in zip(places, scores, losses):  # a run: scores and held-out loss of one seed
                 runs.setdefault((system, name, *place), []).append(run)
     rows, number = [], lambda v: None if math.isnan(v) else round(float(v), 5)  # NaN is no JSON
     for (system, name, readout, layer), run in runs.items():
@@ -560,7 +561,7 @@ def layers_figure(results):
     rows, tasks, handles = by_task(results), list(dict.fromkeys(row["task"] for row in results)), {}
     systems = list(dict.fromkeys(system for system, _ in rows))
     references = [s for s in systems if s.endswith(REFERENCES)]
-    width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)
+    width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)  # one more for the legend
     figure, axes = canvas(height, width, (3.2 * width, 2.7 * height))
     for (system, task), mine in rows.items():
         ax = axes.flat[tasks.index(task)]
@@ -589,7 +590,7 @@ def similarity_figure(model, waves):
     figure, axes = canvas(height, width, (2.8 * width + 1, 2.8 * height + 0.8), sharex=True, sharey=True)
     for layer, ax in enumerate(axes.flat):
         ax.set_visible(layer < len(seq))
-        x = seq[min(layer, len(seq) - 1)]
+        x = seq[min(layer, len(seq) - 1)]  # [25 n, dim]
         image = ax.imshow(x @ x.T, cmap="cividis", vmin=-1, vmax=1, origin="lower", extent=extent)
         ax.set(title=f"layer {layer}", xlabel="time (s)", ylabel="time (s)")
         ax.label_outer()
@@ -610,7 +611,7 @@ def attention_figure(model, wave):
         axes[0, 0].axvline(frame * HOP_S, color="#E69F00", lw=1)
     for ax, name in zip(axes[1:, 0], model.class_tokens):
         maps, blocks = paid[name][:, 0].cpu().numpy(), len(model.blocks)  # [blocks, heads, frames]
-        heads = (maps / maps.max(2, keepdims=True)).reshape(-1, maps.shape[2])
+        heads = (maps / maps.max(2, keepdims=True)).reshape(-1, maps.shape[2])  # a row each, of maximum 1
         image = ax.imshow(heads, vmin=0, vmax=1, extent=(0, SECONDS, blocks + 0.5, 0.5), **style)
         ax.set(title=f"attention of class token {name}", ylabel="block (heads)", yticks=range(1, blocks + 1))
         figure.colorbar(image, ax=ax, label="of row maximum")
@@ -627,7 +628,7 @@ def circle_figure(model, waves):
     y = y[:, (fifths + bin_of_c - middle) % 12]  # [n, 12] around the circle
     polar = dict(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     figure, ((ax,),) = canvas(1, 1, (7, 6), subplot_kw=polar)
-    time, turn = np.arange(len(y) + 1), math.pi / 6
+    time, turn = np.arange(len(y) + 1), math.pi / 6  # s, and the angle of a fifth
     y = y.repeat_interleave(9, 1).numpy()  # so that the cells look round
     image = ax.pcolormesh(np.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
     ax.plot(angle, time[:-1] + 0.5, ".", color="#E69F00", ms=6)
@@ -648,7 +649,7 @@ def measure(models, others, args, device):
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
         files, truth, parts = manifest(args.data, asked, args.seed)
-        batches, total = read_files(files), len(files)
+        batches, total = read_files(files), len(files)  # nothing is read yet
     else:
         names = "key", "key_signature", "instrument", "tags", "tempo", "chord", "beat", "onset"
         wrong, asked, edges = sorted({*asked} - {*names}), asked or names, np.cumsum((0, *COUNTS))
@@ -701,7 +702,7 @@ def command_embed(args):
     device, files = mt2.pick_device(args.device), tqdm(args.file, "files", disable=None, leave=False)
     system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}
     found, owner, _, _ = collect(system, read_files(files, frames=False), device)
-    times = torch.cat([SECONDS * torch.arange(n) for n in owner.bincount()])
+    times = torch.cat([SECONDS * torch.arange(n) for n in owner.bincount()])  # s at which windows start
     np.savez(buffer := io.BytesIO(), names=np.array(args.file)[owner], times=times, **found["", ()])
     write(args.out or "features.npz", buffer.getvalue())
 

@@ -751,6 +751,16 @@ def songs(tmp_path_factory):
     return root
 
 
+def test_seeds_and_ranks_draw_other_segments_of_a_folder_and_other_views(songs):
+    configs = [tiny(data=str(songs), easy=0, seed=seed) for seed in (0, 0, 1)]
+    streams = [mt2.Stream(config, rank) for config, rank in zip(configs, (0, 1, 0))]
+    draws = [stream.generator(7).get_state() for stream in streams]
+    chunks = [stream[7][0][0] for stream in streams]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(draws[i], draws[j]) and not torch.equal(chunks[i], chunks[j])
+    assert torch.equal(mt2.Stream(configs[1], 1)[7][0][0], chunks[1])
+
+
 def test_a_run_on_a_folder_that_died_goes_on_as_if_unbroken_with_or_without_workers(songs, tmp_path, capsys):
     settings = dict(data=str(songs), easy=0, tasks="con")
     whole = train(tiny(tmp_path / "whole", workers=0, **settings))
@@ -783,6 +793,26 @@ def test_ctrl_c_that_reaches_the_workers_too_costs_nothing(songs, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, interrupt)
         assert len(log_of(train(tiny(tmp_path, workers=1, data=str(songs), easy=0, steps=12)))) == 12
+
+
+def test_a_signal_to_the_whole_process_group_saves_and_ends_the_run(songs, tmp_path):
+    flags = [*FLAGS, "--steps=100000", "--workers=1", f"--data={songs}", "--easy=0", "--tasks=con"]
+    flags += ["--batch=64", "--pool=64", "--fresh=16", "--dim=96", "--depth=4"]  # a worker dies within a step
+    job = python(HERE / "mt2.py", *flags, cwd=tmp_path, start_new_session=True)
+    log = tmp_path / "run" / "log.csv"
+    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGTERM)  # as torchrun ends its ranks
+    said, errors = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM and "saved after step" in said, errors
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == len(log_of(log.parent))
+
+
+def test_somebody_elses_log_is_refused_and_untouched(tmp_path):
+    (tmp_path / "log.csv").write_text("my,own\n1,2\n")
+    with pytest.raises(ValueError, match="log.csv: not a log of mt2"):
+        train(tiny(tmp_path))
+    assert (tmp_path / "log.csv").read_text() == "my,own\n1,2\n"
 
 
 @pytest.mark.parametrize("name, other", [("lr", 0.5), ("steps", 9), ("dim", 48), ("tasks", "eq")])
@@ -1033,9 +1063,12 @@ def test_a_bad_flag_gets_one_line_that_names_it(flags, monkeypatch, capsys, tmp_
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_folder_with_nothing_usable_ends_in_one_line_that_says_why(workers, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("tasks", ["eq,con", "con"])  # con meets no folder before its workers do
+def test_a_folder_with_nothing_usable_ends_in_one_line_that_says_why(
+        tasks, workers, monkeypatch, capsys, tmp_path):
     (tmp_path / "words.wav").write_text("words")
-    flags = FLAGS + ["--out", tmp_path / "run", "--data", tmp_path, "--workers", workers]
+    flags = FLAGS + ["--out", tmp_path / "run", "--data", tmp_path, "--workers", workers, "--tasks", tasks]
+    flags += ["--easy", 0]
     code, lines = run_main(monkeypatch, capsys, *flags)
     assert code != 0 and len(lines) == 1 and str(tmp_path) in lines[0] and "can be used" in lines[0], lines
 
@@ -1294,7 +1327,8 @@ def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monk
     probe.main(["key", str(small_run / "run"), "--data", str(small_run / "keys.csv")])
     assert "0.000 right, 1.000 within a fifth, of 1 files" in capsys.readouterr().err
     (small_run / "keys.csv").write_text("path,key\nsong0.wav,")
-    assert "no file has a key" in probe_main(capsys, "key", small_run / "run", "--data", small_run / "keys.csv")
+    said = probe_main(capsys, "key", small_run / "run", "--data", small_run / "keys.csv")
+    assert said.endswith("no file has a key")
 
 
 def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
