@@ -135,14 +135,14 @@ def of_package(spec, device, download=False, trust=False):
             read(torch.zeros(2, SAMPLES, device=device))  # what does not fit is known before all music
         return read
     except Exception as error:  # foreign code raises anything
-        missing = isinstance(error, ImportError)
-        fix = fix or "put its module on PYTHONPATH" if missing else "it must give a list of [B, frames, dim]"
+        if not isinstance(error, ImportError):
+            fix = "are config and weights there?" if fix else "it must give a list of [B, frames, dim]"
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        raise ValueError(f"--encoder {spec}: {reason}; {fix}") from None
+        raise ValueError(f"--encoder {spec}: {reason}; {fix or 'put its module on PYTHONPATH'}") from None
 
 # ---- Probes: one linear layer for each layer x readout x strength of weight decay, all in one computation
 L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-MAX_ROWS = 8000  # frames that a probe is trained on
+MAX_ROWS = 8000  # windows or frames that a probe is trained on; a quarter of them for a mixture
 
 def activate(logits, multi):
     """Logits [..., C] -> probabilities: of independent tags if `multi`, else of exclusive classes."""
@@ -236,7 +236,7 @@ def chord_class(label):
     """Chord label (Harte) -> index into CHORDS; -1: neither major nor minor nor N. ValueError."""
     import mir_eval
     try:
-        root, notes, _ = mir_eval.chord.encode(label, reduce_extended_chords=True)
+        root, notes, _ = mir_eval.chord.encode(label)
     except mir_eval.chord.InvalidChordException:
         raise ValueError(f"'{label}' is no chord; write C:maj, A:min, N") from None
     third = {"10001001": 0, "10010001": 12}.get("".join(str(int(n)) for n in notes[:8]))
@@ -268,13 +268,18 @@ def clip_task(name, truth, owner):
     return Task(y, owner, score, tags)
 
 def chord_task(name, truth, owner, now):
-    """Truth: (intervals [n, 2] s, labels) per file. Windows: their files; times of their frames.
+    """Truth: (intervals [n, 2] s, classes [n]) per file. Windows: their files; times of their frames.
 
-    Metric: share of right frames among major and minor triads and N: mir_eval's majmin, frame by frame."""
-    index, classes = torch.full(now.shape, -1), {c: chord_class(c) for t in truth if t for c in t[1]}
+    Metric: share of right frames among chords with a major or minor third, a fifth, and N: mir_eval's
+    majmin, frame by frame."""
+    index = torch.full(now.shape, -1)
     for file in owner.unique().tolist():
-        for (begin, end), label in zip(*truth[file] or ((), ())):
-            index[(owner == file)[:, None] & (now >= begin) & (now < end)] = classes[label]
+        if truth[file]:
+            mine, (intervals, classes) = now[owner == file], truth[file]
+            begin, end = torch.tensor(intervals, dtype=now.dtype).T.contiguous()
+            last = torch.searchsorted(begin, mine, right=True) - 1  # the chord that began last
+            within = (last >= 0) & (mine < end[last])
+            index[owner == file] = torch.tensor(classes)[last].where(within, -1)
     y = F.one_hot(index.clamp_min(0), len(CHORDS)).float().masked_fill(index[..., None] < 0, math.nan)
 
     def score(p, test, valid):
@@ -303,9 +308,12 @@ def event_task(name, truth, owner, now):
         peak, held, values = peaks(p), torch.isin(owner, valid), []  # held: windows of validation files
         heights = F.pad(p[held][peak[held]].sort(descending=True).values, (0, 1))  # at least one: 0
         least = heights[min(int(y[held, :-1].sum()), len(heights)) - 1]  # as many peaks as `valid` has events
-        for file in (i for i in test.tolist() if len(truth[i])):  # F is not defined where nothing happens
-            times = now[:, :-1][peak & (p >= least) & (owner == file)[:, None]]
-            values.append(f_measure(truth[file], times.numpy()))
+        for file in test.tolist():
+            mine = owner == file
+            true = truth[file][truth[file] < now[mine].max().item()]  # of a long file only the start is read
+            if len(true):  # F is not defined where nothing happens
+                times = now[:, :-1][peak & (p >= least) & mine[:, None]]
+                values.append(f_measure(true, times.numpy()))
         return {"f_measure": float(np.mean(values)) if values else math.nan}
     return Task(y, owner, score, multi=True)
 
@@ -322,12 +330,12 @@ def generated(truth):
             waves, labels = music.batch(CHUNK, step)
             for task in ("key", "key_signature", "instrument", "tempo"):
                 truth.setdefault(task, []).extend(labels[task].tolist())
-            # as in MagnaTagATune, tags of both turfs in one task: key signature and lead instrument
+            # as in MagnaTagATune, tags for both class tokens: key signature (eq) and lead instrument (con)
             both = zip(labels["key_signature"].tolist(), labels["instrument"].tolist())
             truth.setdefault("tags", []).extend({PITCHES[key], names[i]} for key, i in both)
             for chord, *events in zip(*(labels[k][:, 0].numpy() for k in ("chord", "beats", "onsets"))):
                 begin = np.arange(len(chord)) * HOP_S
-                spans = np.stack([begin, begin + HOP_S], 1), [CHORDS[c] for c in chord]
+                spans = np.stack([begin, begin + HOP_S], 1), chord.tolist()
                 truth.setdefault("chord", []).append(spans)  # as read from a .lab file
                 for task, times in zip(("beat", "onset"), events):
                     truth.setdefault(task, []).append(np.sort(times[times >= 0]))  # drops NaN
@@ -348,9 +356,13 @@ def cut(path):
 
     A rest shorter than a quarter of a window is dropped, unless it is all there is; others are padded."""
     with open_sound(path) as file:
-        wave = file.read(int(LIMIT * file.samplerate), dtype="float32", always_2d=True).mean(1)
+        try:
+            wave = file.read(int(LIMIT * file.samplerate), dtype="float32", always_2d=True).mean(1)
+        except RuntimeError:
+            raise ValueError(f"{path}: broken or cut short; replace or remove it") from None
         need(len(wave) and np.isfinite(wave).all(), f"{path}: holds no sound, or NaN or infinity; remove it")
-        wave = resample(torch.from_numpy(wave), file.samplerate, SAMPLE_RATE)
+        rate = 25 * round(file.samplerate / 25)  # as in mt2.AudioFolder
+        wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
         tqdm.write(f"{path}: shorter than {SECONDS:g} s, padded with silence", file=sys.stderr)
     count = max(1, math.ceil((len(wave) - SAMPLES // 4) / SAMPLES))  # windows
@@ -387,8 +399,7 @@ def parse(task, text, folder, seconds):
         need(good, f"{path}: empty or not labels; a line starts with {width} rising time(s) in seconds")
         last = times.max()
         need(last < seconds + 0.5, f"{path}: a label at {last:.2f} s, but the sound ends at {seconds:.2f} s")
-        need(all(chord_class(label) < 25 for label in set(labels)), "")  # raises for what is no chord
-        return (times, labels.tolist()) if kind == "chord" else times[:, 0]
+        return (times, [chord_class(label) for label in labels]) if kind == "chord" else times[:, 0]
     return {tag.strip() for tag in text.split("|") if tag.strip()} if kind == "tags" else text
 
 def manifest(path, tasks, seed=0, fit=True):
@@ -406,6 +417,7 @@ def manifest(path, tasks, seed=0, fit=True):
     files = [folder / row["path"] for row in rows]
     lost = [str(file) for file in files if not file.is_file()]
     need(not lost, f"{path}: {len(lost)} of {len(files)} files are missing, as {lost[:1]}; fix column 'path'")
+    need(len({*files}) == len(files), f"{path}: a file is listed twice; give each file one row")
     order = np.random.default_rng(seed).permutation(len(rows))  # without a split a fifth is for testing
     drawn = ["test" if i < len(rows) / 5 else "train" for i in order]  # of the rows in their order
     split = [row.get("split", part).strip() for row, part in zip(rows, drawn)]
@@ -437,8 +449,9 @@ def manifest(path, tasks, seed=0, fit=True):
 
 @torch.no_grad()
 def collect(systems, batches, device):
-    """Batches of (waves [B, T], their files [B], starts in s [B], if frames are wanted) -> {system: {readout:
-    [layers, N, D] or [layers, n, 126, D]}}, files [N]; of those with frames files [n], times [n, 126]."""
+    """Run every system over batches of (waves [B, T], file of each, start of each in s, whether its frames
+    are kept) -> features {system: {readout: [layers, N, D] or, of frames, [layers, n, 126, D]}}, the file of
+    each of the N windows, and of the n windows with frames their files and times [n, 126]."""
     found, owner, local, now = {name: {} for name in systems}, [], [torch.zeros(0, dtype=torch.long)], []
     for waves, files, start, frames in batches:
         waves = waves.to(device)
@@ -446,7 +459,7 @@ def collect(systems, batches, device):
         local += [files] * frames  # `frames` counts as 0 or 1
         now += [start[:, None] + torch.arange(mt2.FRAMES) * HOP_S] * frames
         for name, read in systems.items():
-            for readout, x in read(waves).items() if frames or "attention" not in name[0] else ():
+            for readout, x in read(waves).items() if frames or not name[0].endswith(" attention") else ():
                 if frames or x.ndim == 3:
                     found[name].setdefault(readout, []).append(x.cpu() if x.ndim == 3 else x.half().cpu())
     found = {name: {r: torch.cat(x, 1) for r, x in features.items()} for name, features in found.items()}
@@ -464,7 +477,7 @@ def evaluate(x, task, part, device="cpu", mix=False):
     owner, data = task.owner.repeat_interleave(len(y) // len(task.owner)), []
     for files in (train, valid):
         rows = (torch.isin(owner, files) & y.isfinite().all(-1)).nonzero()[:, 0]  # with a label
-        need(len(rows) > 1, "too little labelled sound in the training or the validation part")
+        need(len(rows) > (files is train), "too little labelled sound in the training or the validation part")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
         data += [flat[:, rows].float().to(device), y[rows].to(device)]
@@ -480,8 +493,8 @@ def evaluate(x, task, part, device="cpu", mix=False):
     return [task.score(q, test, valid) for q in p], loss.tolist(), weights
 
 def study(found, tasks, parts, device, mix=False):
-    """-> rows for results.json. A seed draws the tenth of the training files that is left out or, without a
-    validation part, the fifth that serves for it."""
+    """-> rows for results.json. Each seed leaves out another tenth of the training files or, where there is
+    no validation part, takes another fifth of them for it."""
     runs, jobs = {}, [(name, task, *item) for name, task in tasks.items() for item in found.items()]
     for name, task, (system, seeds), features in tqdm(jobs, "probes", disable=None, leave=False):
         wanted = {r: x for r, x in features.items()
@@ -511,15 +524,16 @@ def study(found, tasks, parts, device, mix=False):
     return rows
 
 def by_task(results):
-    """{(encoder, task): its rows, of the main metric}."""
+    """{(encoder, task): its rows, of the main metric, where it is defined}."""
     rows = {}
     for row in results:
-        if row["metric"] in ("accuracy", "acc1", "map", "majmin", "f_measure"):
+        if row["metric"] in ("accuracy", "acc1", "map", "majmin", "f_measure") and row["value"] is not None:
             rows.setdefault((row["encoder"], row["task"]), []).append(row)
     return rows
 
 def table(results):
-    """Print a row per system and readout, at the layer of the lowest validation loss and at the last."""
+    """Print a row per system and readout, at the layer of the lowest validation loss and at the last; ±: the
+    std over seeds."""
     cells, metrics = {row["encoder"]: {} for row in results}, {}
     for (system, task), rows in by_task(results).items():
         metrics[task] = rows[0]["metric"]
@@ -528,7 +542,7 @@ def table(results):
             best, last = min(layers, key=lambda row: row["valid_loss"]), layers[-1]
             for name, row in ((readout, best), (f"{readout} last", last))[:len(layers)]:
                 at = f" L{row['layer']}" if len(layers) > 1 else ""
-                text = f"{row['value'] or 0:.3f}±{row['std'] or 0:.3f}{at}"
+                text = f"{row['value']:.3f}±{row['std']:.3f}{at}"
                 cells[system].setdefault(name, {})[task] = text
     grid = [("", "", *metrics), ("system", "readout", *metrics.values())]
     grid += [(system, readout, *(line.get(task, "") for task in metrics))
@@ -557,7 +571,8 @@ def write(path, content):
     print(path)
 
 def layers_figure(results):
-    """Scores over layers, a panel per task, a line per readout; references are horizontal, at their best."""
+    """Scores over layers, a panel per task, a line per readout; references are horizontal, at the layer of
+    the lowest validation loss."""
     rows, tasks, handles = by_task(results), list(dict.fromkeys(row["task"] for row in results)), {}
     systems = list(dict.fromkeys(system for system, _ in rows))
     references = [s for s in systems if s.endswith(REFERENCES)]
@@ -640,23 +655,25 @@ def circle_figure(model, waves):
     return figure
 
 # ---- Commands
-SEEDS = (0, 1, 2)  # of the split between training and validation
+SEEDS = (0, 1, 2)  # of which training files a probe sees
 
 def measure(models, others, args, device):
-    """Probe models [(name, seeds, model)] and other systems beside references; print and write results."""
+    """Probe models [(name, seeds, model)], which may only now be trained, and other systems, beside their
+    references; print and write results."""
     out, asked, truth = Path(args.out), args.task.split(",") if args.task else [], {}
     need(not out.exists() or out.is_dir(), f"--out {out}: is a file; name a folder")
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
         files, truth, parts = manifest(args.data, asked, args.seed)
-        batches, total = read_files(files), len(files)  # nothing is read yet
+        frames = any(KINDS.get(name) in ("chord", "beat", "onset") for name in asked)  # 0.3 MB a window
+        batches, total = read_files(files, frames), len(files)  # nothing is read yet
     else:
         names = "key", "key_signature", "instrument", "tags", "tempo", "chord", "beat", "onset"
         wrong, asked, edges = sorted({*asked} - {*names}), asked or names, np.cumsum((0, *COUNTS))
         need(not wrong, f"--task {wrong[:1]}: generated music has {', '.join(names)}; for others give --data")
         parts = dict.fromkeys(names, [torch.arange(a, b) for a, b in zip(edges, edges[1:])])
         batches, total = generated(truth), sum(COUNTS) // CHUNK
-    if models:
+    if models := list(models):
         torch.manual_seed(0)
         models = [*models, ("untrained", SEEDS, mt2.build(models[-1][2].config).to(device).eval())]
     spectra = lru_cache(1)(mt2.FrontEnd().to(device))  # all systems read the same waves
@@ -672,9 +689,8 @@ def measure(models, others, args, device):
     parts = {name: [p[torch.isin(p, task.owner)] for p in parts[name]] for name, task in tasks.items()}
     results = study(found, tasks, parts, device, args.mix)
     table(results)
-    figure = layers_figure(results)
     write(out / "results.json", json.dumps(results, indent=1))
-    write(out / "layers.png", figure)
+    write(out / "layers.png", layers_figure(results))
 
 def command_table(args):
     """Linear probes of runs or other encoders, beside their references."""
@@ -688,14 +704,17 @@ def command_table(args):
 
 def command_ablation(args):
     """Train contrastive, equivariant and MT2 for the same steps with several seeds, and probe them all."""
-    device, models, args.out = mt2.pick_device(args.device), [], args.out or "runs/ablation"
+    device, args.out = mt2.pick_device(args.device), args.out or "runs/ablation"
     kinds = dict(contrastive=("con", "mel"), equivariant=("eq", "vqt"), MT2=("eq,con", "mel,vqt"))
-    for name, (tasks, inputs) in kinds.items():
-        for seed in range(args.seeds):
-            config = dict(out=f"{args.out}/{name}{seed}", steps=args.steps, seed=seed, device=args.device)
-            run = mt2.train(mt2.Config(tasks=tasks, inputs=inputs, **config))
-            models.append((name, (seed,), mt2.load(run, device)))
-    measure(models, {}, args, device)
+    need(args.seeds > 0, f"--seeds {args.seeds}: at least 1")
+
+    def trained():  # one after another, once `measure` has found nothing wrong with the flags
+        for name, (tasks, inputs) in kinds.items():
+            for seed in range(args.seeds):
+                config = dict(out=f"{args.out}/{name}{seed}", steps=args.steps, seed=seed, device=args.device)
+                run = mt2.train(mt2.Config(tasks=tasks, inputs=inputs, **config))
+                yield name, (seed,), mt2.load(run, device)
+    measure(trained(), {}, args, device)
 
 def command_embed(args):
     """Every readout [layers, windows, dim] of 4 s windows, and their names and times [windows], as an npz."""
@@ -709,7 +728,7 @@ def command_embed(args):
 def command_key(args):
     """Key signatures of songs without labels: the phase of y at twelve crops, calibrated by generated music.
     With --data the songs of a manifest, and how many agree with its column `key`."""
-    device, lines, away = mt2.pick_device(args.device), [], []
+    device, away = mt2.pick_device(args.device), []
     crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
     need(bool(args.file) != bool(args.data), "key: name sound files, or a manifest with --data")
     files, truth, _ = manifest(args.data, ["key"], fit=False) if args.data else (args.file, {}, None)
@@ -717,24 +736,24 @@ def command_key(args):
     model = mt2.load(args.run, device)
     need("eq" in model.class_tokens, f"{args.run}: has no equivariant token, so it cannot tell keys")
     c_major = mt2.calibrate(model, device, crops)
+    if args.csv:
+        print("file,major,minor,confidence")
     for i, file in enumerate(tqdm(files, "files", disable=None, leave=False)):
         phasor = mt2.key_phase(model, cut(file).to(device), crops)  # [crops, windows]
         tonic = int(mt2.key_signature(phasor.mean(), c_major))
         sure = phasor.sgn().mean().abs().item()  # 1 if all windows and crops agree
-        lines.append((file, KEYS[tonic], KEYS[12 + (tonic + 9) % 12], f"{sure:.2f}"))
+        major, minor = KEYS[tonic], KEYS[12 + (tonic + 9) % 12]
+        csv.writer(line := io.StringIO(), lineterminator="").writerow((file, major, minor, f"{sure:.2f}"))
+        plain = f"{major + ' or ' + minor:20} confidence {sure:.2f}  {file}"
+        tqdm.write(line.getvalue() if args.csv else plain)  # at once: the next file may be broken
         if truth:
             away.append(7 * (tonic - truth["key"][i] - 3 * (truth["key"][i] > 11)) % 12)  # in fifths
-    if args.csv:
-        header = "file", "major", "minor", "confidence"
-        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *lines])
-    for file, major, minor, sure in () if args.csv else lines:
-        print(f"{major + ' or ' + minor:20} confidence {sure}  {file}")
     if truth:
         exact, fifth = (np.isin(away, near).mean() for near in ((0,), (0, 1, 11)))
         print(f"{exact:.3f} right, {fifth:.3f} within a fifth, of {len(away)} files", file=sys.stderr)
 
 def command_figures(args):
-    """ssm.png, attention.png and, with an equivariant token, circle.png of a sound file's first minute."""
+    """Of a sound file: ssm.png (its first 32 s), attention.png (4 s) and circle.png (a minute; needs eq)."""
     device = mt2.pick_device(args.device)
     model, waves = mt2.load(args.run, device), cut(*args.file)[:15].to(device)
     need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")
@@ -752,7 +771,7 @@ FLAGS = {
     "--download": dict(action="store_true", help="let a package fetch its weights by name"),
     "--trust-remote-code": dict(action="store_true", help="let transformers run code beside the weights"),
     "--mix": dict(action="store_true", help="also probe a learned mixture of the layers"),
-    "--seed": dict(type=int, default=0, help="of the split, where the manifest has none"),
+    "--seed": dict(type=int, default=0, help="of the split into train and test, where the manifest has none"),
     "--steps": dict(type=int, default=400, help="training steps of each model"),
     "--seeds": dict(type=int, default=3, help="models of each kind"),
     "--out": dict(help="folder to write to; of embed: the npz file"),
@@ -785,7 +804,7 @@ def main(words=None):
     warnings.filterwarnings("ignore", module="mir_eval")  # an empty estimate scores 0, and needs no comment
     try:
         args.function(args)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         sys.exit(f"probe: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 if __name__ == "__main__":

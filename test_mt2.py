@@ -1173,9 +1173,39 @@ def test_tempo_counts_octave_errors_only_in_acc2():
 
 
 def test_chord_labels_fold_to_major_minor_and_none():
-    assert [probe.chord_class(c) for c in ("C:maj", "A:min7", "Db", "N", "B:dim")] == [0, 21, 1, 24, -1]
+    labels = "C:maj", "A:min7", "Db", "N", "B:dim", "C:9", "A:min9"
+    assert [probe.chord_class(c) for c in labels] == [0, 21, 1, 24, -1, 0, 21]
     with pytest.raises(ValueError, match="H:dur"):
         probe.chord_class("H:dur")
+
+
+def test_frames_get_the_chord_that_sounds_and_no_other():
+    now = torch.arange(126) * 0.032 + torch.tensor([[0.0], [4.0]])
+    truth = [(np.array([[1.0, 2.0], [2.0, 5.0], [6.0, 7.0]]), [3, -1, 24])]
+    index = probe.chord_task("chord", truth, torch.zeros(2, dtype=torch.long), now).y
+    label = torch.where(index.isnan().any(2), -1, index.argmax(2))
+    expected = [[3 if 1 <= t < 2 else 24 if 6 <= t < 7 else -1 for t in row] for row in now.tolist()]
+    assert label.tolist() == expected
+
+
+def test_events_beyond_what_was_read_are_not_missed():
+    owner, now = torch.zeros(2, dtype=torch.long), torch.arange(126) * 0.032 + torch.tensor([[0.0], [4.0]])
+    task = probe.event_task("beat", [np.arange(0.5, 240, 0.5)], owner, now)  # 240 s, 8 of them read
+    assert task.score(task.y, owner[:1], owner[:1])["f_measure"] == 1
+
+
+def test_a_metric_that_is_not_defined_stops_neither_table_nor_figure(capsys):
+    row = dict(encoder="run", task="tags", readout="con", metric="map", std=0.0, valid_loss=1.0)
+    rows = [row | dict(layer=0, value=None), row | dict(task="key", metric="accuracy", layer=0, value=0.5)]
+    probe.table(rows)
+    assert "0.500±0.000" in capsys.readouterr().out and probe.layers_figure(rows)
+
+
+def test_an_ablation_refuses_its_flags_before_it_trains(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for *flags, said in (("--task", "smell", "smell"), ("--seeds", "0", "--seeds"), ("--data", "no.csv", "no")):
+        assert said in probe_main(capsys, "ablation", *flags)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_on_generated_music_has_every_task_and_its_references(small_run, capsys, monkeypatch):
@@ -1214,6 +1244,7 @@ def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, c
      "not in train"),
     ("no key", "path,key\nsong0.wav,H dur\nsong1.wav,C major", "key", "no key"),
     ("empty lab", "path,chords\nsong0.wav,empty.lab\nsong1.wav,empty.lab", "chords", "empty.lab"),
+    ("twice", "path,key\nsong0.wav,C major\nsong0.wav,A minor", "key", "listed twice"),
     ("late lab", "path,chords\nsong0.wav,late.lab\nsong1.wav,late.lab", "chords", "but the sound ends")])
 def test_a_bad_manifest_is_refused_and_nothing_is_written(small_run, capsys, name, text, task, expected):
     (small_run / "empty.lab").write_text("")
