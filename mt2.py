@@ -127,24 +127,24 @@ def unit_range(db, floor=80.0):
 class VQT(nn.Module):
     """Variable-Q transform as a few matrix products.
 
-    Bin j correlates the wave around each hop with a Hann-windowed complex sinusoid of fmin 2^(j /
-    bins_per_octave) Hz, 1 / (alpha f + gamma) seconds long (Schoerkhuber et al., 2014; gamma in Hz widens the
-    bass bins; 0, a constant Q, is ours). An octave is one product of overlapping frames with a [window, 24]
-    matrix, at a quarter of the sample rate as long as its top stays below a quarter of the new one (measured:
-    3.3 times as fast as all at the full rate)."""
+    Bin j is centred on f = fmin 2^(j / bins_per_octave) Hz: the wave around each hop times a Hann-windowed
+    complex sinusoid of 1 / (alpha f + gamma) s (Schoerkhuber et al., 2014; gamma in Hz widens the bass bins;
+    0, a constant Q, is ours). An octave is one product of overlapping frames with a [window, 24] matrix; low
+    octaves run on the wave at a quarter of the rate, again and again (measured: 3.3 times as fast)."""
 
     def __init__(self, sample_rate=16000, hop=512, fmin=27.5, n_bins=99, bins_per_octave=12, gamma=0.0):
         super().__init__()
         freq = fmin * 2 ** (torch.arange(n_bins, dtype=torch.float64) / bins_per_octave)  # Hz
         if freq[-1] >= sample_rate / 2:
             raise ValueError(f"VQT: the top bin, {freq[-1]:.0f} Hz, must lie below half of {sample_rate} Hz")
-        length = 1 / ((2 ** (1 / bins_per_octave) - 1) * freq + gamma)  # of each window, in seconds
+        alpha = 2 ** (1 / bins_per_octave) - 1  # bandwidth: from a bin to the next
+        length = 1 / (alpha * freq + gamma)  # of each window, in seconds
         # the mirror image beyond half the rate must miss the window's main lobe: this lengthens bin 98
         length = length.maximum(1 / (sample_rate / 2 - freq))
         self.hops, rate = [], sample_rate  # of each octave, from the top down
         for i in reversed(range(0, n_bins, bins_per_octave)):
             f, n = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]  # of one octave, [12]
-            while f[-1] < rate / 16 and hop % 4 == 0:
+            while f[-1] < rate / 16 and hop % 4 == 0:  # the octave stays below a quarter of the new rate
                 rate, hop = rate / 4, hop // 4
             half = int(n.max() * rate / 2)  # samples on either side of a frame's centre
             t = torch.arange(-half, half + 1, dtype=torch.float64)[:, None] / rate  # s
@@ -993,14 +993,14 @@ def losses(model, batch, g):
     for_eq = torch.arange(len(mel), device=dev) < n
     eq_db = for_eq[:, None, None] * random_eq(len(mel), c.eq_db, g).to(dev)  # [5B, 1, 99]
     offset = torch.randint(N_OFFSETS, (len(mel),), generator=g).to(dev)
-    mel, vqt = unit_range(mel), crop(unit_range(vqt + eq_db), offset)
+    mel, vqt = unit_range(mel), crop(unit_range(vqt + eq_db), offset)  # [5B, F, 128], [5B, F, 84]
     with autocast(dev):
         cls = model.encode(mel, vqt, ~for_eq if model.hides_mel else None, frames, cls_only=True)[-1]
     cls, terms = dict(zip(c.tasks, cls.float().unbind(1))), {}  # each token [5B, D]
     if "con" in cls:
         terms["nt_xent"] = nt_xent(*model.head_con(cls["con"][n:]).chunk(2), c.temperature)
     if "eq" in cls:
-        c_a, c_b, c_shift = offset[:n].chunk(3)
+        c_a, c_b, c_shift = offset[:n].chunk(3)  # [B] each, of A, B, A'
         y_a, y_b, y_shift = model.center(model.logits(cls["eq"][:n]), offset[:n]).softmax(-1).chunk(3)
         terms["cpsd"] = (cpsd(y_a, y_b, c_a - c_b) + cpsd(y_a, y_shift, c_a - c_shift)
                          + cpsd(y_b, y_shift, c_b - c_shift))  # a higher offset looks lower

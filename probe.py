@@ -617,11 +617,11 @@ def attention_figure(model, wave):
     mel, paid, n = model.front_end(wave)[0].cpu().numpy(), attention(model, wave), len(model.class_tokens)
     figure, axes = canvas(1 + n, 1, (9, 2.6 + 1.9 * n), sharex=True)
     style = dict(cmap="cividis", aspect="auto", interpolation="nearest")
-    extent = (0, SECONDS, 0, mt2.N_MELS)
+    extent = (0, SECONDS, 0, mt2.N_MELS)  # s and mel bands
     image = axes[0, 0].imshow(mel[0].T, origin="lower", extent=extent, vmin=mel.max() - 80, **style)
     axes[0, 0].set(ylabel="mel band", title="log-mel spectrogram; lines: onsets by spectral flux")
     figure.colorbar(image, ax=axes[0, 0], label="dB")
-    flux = of_spectrum("flux", model.front_end)(wave)["curve"][0, :, :, 0].cpu()
+    flux = of_spectrum("flux", model.front_end)(wave)["curve"][0, :, :, 0].cpu()  # [1, 126]
     for frame in (peaks(flux) & (flux > flux.mean() + flux.std())).nonzero()[:, 1].tolist():
         axes[0, 0].axvline(frame * HOP_S, color="#E69F00", lw=1)
     for ax, name in zip(axes[1:, 0], model.class_tokens):

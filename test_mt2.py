@@ -1203,7 +1203,7 @@ def test_a_metric_that_is_not_defined_stops_neither_table_nor_figure(capsys):
 
 def test_an_ablation_refuses_its_flags_before_it_trains(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for *flags, said in (("--task", "smell", "smell"), ("--seeds", "0", "--seeds"), ("--data", "no.csv", "no")):
+    for *flags, said in (("--task", "smell", "smell"), ("--seeds", "0", "--seeds"), ("--data", "x.csv", "x")):
         assert said in probe_main(capsys, "ablation", *flags)
     assert not list(tmp_path.iterdir())
 
