@@ -646,7 +646,8 @@ def circle_figure(model, waves):
     time, turn = np.arange(len(y) + 1), math.pi / 6  # s, and the angle of a fifth
     y = y.repeat_interleave(9, 1).numpy()  # so that the cells look round
     image = ax.pcolormesh(np.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
-    ax.plot(angle, time[:-1] + 0.5, ".", color="#E69F00", ms=6)
+    ax.plot(angle, time[:-1] + 0.5, "o", color="k", mec="w", ms=5)
+    ax.set_rlabel_position(math.degrees(np.median(angle)) + 180)  # times where no dots are
     ax.tick_params(axis="y", colors="w")
     names = [f"{PITCHES[t]}/{MINORS[(t + 9) % 12].lower()}" for t in fifths]
     ax.set(xticks=[turn * i for i in range(12)], xticklabels=names,
