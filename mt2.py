@@ -1039,7 +1039,8 @@ def read_checkpoint(path, *needed):
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
         return content, Config(**content["config"])
     except Exception as error:  # a hostile or broken file may raise anything
-        raise ValueError(f"{path}: cut, foreign or not a checkpoint of mt2 ({brief(error)})") from None
+        what = f"cut, foreign or not a checkpoint of mt2 ({brief(error)})"
+        raise ValueError(f"{path}: {what}; it is left as it is: name another folder") from None
 
 
 def load(path, device="cpu"):
@@ -1264,6 +1265,8 @@ def run(config, told):
                 save(out / "model.pt", content)
         if stop and step + 1 < c.steps:
             bar.close()
+            if world_size() > 1:
+                dist.barrier()  # nobody leaves before the save is done: torchrun would end the others
             if rank == 0:
                 saved = "the last save stands" if bad else f"saved after step {step + 1}"
                 print(f"{out}: stopped, {saved}; the same command goes on from there")

@@ -1015,6 +1015,21 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     assert [int(row[0]) for row in log_of(tmp_path / "run")] == list(range(1, 9))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path):
+    flags = [*FLAGS, "--steps=100000", "--save-every=100000"]
+    ranks = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
+    job = python(*ranks, HERE / "mt2.py", *flags, cwd=tmp_path)
+    log = tmp_path / "run" / "log.csv"
+    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGTERM)
+    said, errors = job.communicate(timeout=60)
+    assert job.returncode and said.count("saved after step") == 1, errors
+    assert torch.load(log.with_name("state.pt"), weights_only=True)["step"] == len(log_of(log.parent))
+
+
 def test_a_dying_rank_ends_the_job_with_a_message(tmp_path):
     (tmp_path / "script.py").write_text(
         "import os, sys, mt2\nreal = mt2.losses\n"
