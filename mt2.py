@@ -639,7 +639,7 @@ class SyntheticMusic:
         waves, *local = zip(*(self.segment(rng, t) for t in tracks for _ in range(2)))  # A, then B
         waves = torch.from_numpy(np.stack(waves)).unflatten(0, (n, 2))
         each = lambda f: torch.tensor([f(t) for t in tracks])  # [n]
-        echo = each(lambda t: t.wet)[:, None] * self.rooms[each(lambda t: t.room)]
+        echo = each(lambda t: t.wet)[:, None] * self.rooms[each(lambda t: t.room)]  # [n, 32001]
         # circular: the tail sounds as if the piece had begun before
         waves = torch.fft.irfft(torch.fft.rfft(waves) * (1 + echo[:, None]), SAMPLES)
         loudest = waves.abs().amax(2, keepdim=True).clamp_min(1e-6)
@@ -688,7 +688,7 @@ class SyntheticMusic:
 
     def harmony(self, rng, t, beats):
         """A walk over degrees -> for each beat: whether a chord begins, its degree, scale [7], triad [3]."""
-        degree, into, chords = 0, rng.randrange(t.per_chord), []
+        degree, into, chords = 0, rng.randrange(t.per_chord), []  # into: beats since a chord began
         for beat in range(beats):
             new = beat == 0 or (beat + into) % t.per_chord == 0  # a segment may begin within a chord
             if new:

@@ -90,12 +90,12 @@ def of_spectrum(name, spectra):
     """Reference systems. log-mel, chroma: mean and std over a clip; frames t - 2, t, t + 2 for frame t.
     flux: spectral flux, the mean rise of the mel bands in dB, as an onset curve."""
     def read(wave):
-        mel, vqt = spectra(wave)
+        mel, vqt = spectra(wave)  # dB [B, 126, 128] and [B, 126, 99]
         if name == "flux":
             return {"curve": F.pad(mel.diff(dim=1).clamp_min(0).mean(2), (1, 0))[None, ..., None]}
         octave = (10 ** (vqt[..., :84] / 20)).unflatten(2, (7, 12)).sum(2)  # [B, frames, 12]
         octave = octave / octave.amax((1, 2), keepdim=True)  # loudness is no chroma
-        x = octave if name == "chroma" else mt2.unit_range(mel)
+        x = octave if name == "chroma" else mt2.unit_range(mel)  # [B, 126, bins]
         near = F.pad(x.mT, (2, 2), mode="replicate").mT.unfold(1, 5, 1)[..., ::2].flatten(2)
         return {"mean+std": torch.cat([x.mean(1), x.std(1)], -1)[None], "seq": near[None]}
     return read
@@ -160,7 +160,7 @@ def fit(x, y, multi, l2=L2, steps=40):
     most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots.
     With Nesterov's momentum 40 such steps are enough."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # the bias is one more weight
-    (G, N, D), K, C = x.shape, len(l2), y.shape[1]
+    (G, N, D), K, C = x.shape, len(l2), y.shape[1]  # probes, rows, features, decays, classes
     decay = torch.tensor(l2, device=x.device)[:, None].repeat(1, D)  # [K, D]
     decay[:, -1] = 1e-6  # the bias is free
     bound = (0.25 if multi else 0.5) * (x.mT @ x / N)[:, None] + torch.diag_embed(decay)  # [G, K, D, D]
@@ -216,7 +216,7 @@ class Task(NamedTuple):
 def ranking(truth, scores):
     """Truth of 0 and 1, scores [N, C] -> average precision and area under the ROC curve, means over the
     columns that hold both positives and negatives. Ties enter together, and count half."""
-    ap, auc, mean = [], [], lambda v: float(np.mean(v)) if v else math.nan
+    ap, auc, mean = [], [], lambda v: float(np.mean(v)) if v else math.nan  # a value per column
     for t, s in zip(truth.T, scores.T):
         order, n = np.argsort(-s), t.sum()  # the surest first; n positives
         if 0 < n < len(t):
@@ -229,7 +229,7 @@ def ranking(truth, scores):
 
 def tempo_accuracy(truth, estimate):
     """BPM [N] twice -> Acc1, within 4 %; Acc2, where half, third, double and triple tempo count as well."""
-    near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]
+    near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]  # [5][N]
     return {"acc1": float(near[0].mean()), "acc2": float(np.any(near, 0).mean())}
 
 def chord_class(label):
@@ -239,13 +239,13 @@ def chord_class(label):
         root, notes, _ = mir_eval.chord.encode(label)
     except mir_eval.chord.InvalidChordException:
         raise ValueError(f"'{label}' is no chord; write C:maj, A:min, N") from None
-    third = {"10001001": 0, "10010001": 12}.get("".join(str(int(n)) for n in notes[:8]))
+    third = {"10001001": 0, "10010001": 12}.get("".join(str(int(n)) for n in notes[:8]))  # root to fifth
     return 24 if label == "N" else -1 if third is None else int(root) + third
 
 def clip_task(name, truth, owner):
     """Truth, one per file, None if not labelled: a class, an index into KEYS, BPM, or a set of tags."""
     from mir_eval.key import weighted_score
-    kind, known = KINDS.get(name), [v for v in truth if v is not None]
+    kind, known = KINDS.get(name), [v for v in truth if v is not None]  # labels of labelled files
     tags = isinstance(known[0], set)
     names = range(24) if kind == "key" else sorted(set().union(*known) if tags else set(known))
     if kind == "tempo":  # classes 5 % apart: the nearest lies within 2.5 %
@@ -255,7 +255,7 @@ def clip_task(name, truth, owner):
     y = torch.tensor([[math.nan] * len(names) if v is None else marks(nearest(v)) for v in truth])
 
     def score(p, test, valid):
-        right, said = y[test].numpy(), p[test].numpy()
+        right, said = y[test].numpy(), p[test].numpy()  # [files, C]
         if tags:
             return ranking(right, said)
         right, said = right.argmax(1), said.argmax(1)  # indices of classes
@@ -327,7 +327,7 @@ def generated(truth):
     for part, (n, local) in enumerate(zip(COUNTS, LOCAL)):
         music = mt2.SyntheticMusic(1001 + part)  # training seeds start at 4096
         for step in range(n // CHUNK):
-            waves, labels = music.batch(CHUNK, step)
+            waves, labels = music.batch(CHUNK, step)  # half of the tracks rich, half easy
             for task in ("key", "key_signature", "instrument", "tempo"):
                 truth.setdefault(task, []).extend(labels[task].tolist())
             # as in MagnaTagATune, tags for both class tokens: key signature (eq) and lead instrument (con)
@@ -340,7 +340,7 @@ def generated(truth):
                 for task, times in zip(("beat", "onset"), events):
                     truth.setdefault(task, []).append(np.sort(times[times >= 0]))  # drops NaN
             files = sum(COUNTS[:part]) + step * CHUNK + torch.arange(CHUNK)  # each clip counts as a file
-            yield waves[:, 0], files, torch.zeros(CHUNK), step * CHUNK < local
+            yield waves[:, 0], files, torch.zeros(CHUNK), step * CHUNK < local  # only segment A
 
 def open_sound(path):
     """-> soundfile.SoundFile, or ValueError."""
@@ -379,7 +379,7 @@ def parse(task, text, folder, seconds):
     from mir_eval.key import KEY_TO_SEMITONE
     kind = KINDS.get(task, "tags" if "|" in text else "class")
     if kind == "key":
-        tonic, _, mode = text.replace(":", " ").lower().partition(" ")
+        tonic, _, mode = text.replace(":", " ").lower().partition(" ")  # as in C:maj, f# minor
         index = KEY_TO_SEMITONE.get(tonic), {"maj": 0, "min": 12}.get(mode.strip()[:3])
         need(None not in index, f"'{text}' is no key like C major or F# minor")
         return sum(index)
@@ -413,7 +413,7 @@ def manifest(path, tasks, seed=0, fit=True):
     columns, folder, truth, parts = list(map(str, rows[0])) if rows else [], Path(path).parent, {}, {}
     for name in ("path", *tasks):
         need(name in columns, f"{path}: no column '{name}'; there are: {', '.join(columns)}")
-    rows = [row for row in rows if any(row[task].strip() for task in tasks)]
+    rows = [row for row in rows if any(row[task].strip() for task in tasks)]  # with a label at least
     files = [folder / row["path"] for row in rows]
     lost = [str(file) for file in files if not file.is_file()]
     need(not lost, f"{path}: {len(lost)} of {len(files)} files are missing, as {lost[:1]}; fix column 'path'")
@@ -468,7 +468,7 @@ def collect(systems, batches, device):
 def evaluate(x, task, part, device="cpu", mix=False):
     """Features x [G, windows, D] or [G, windows, frames, D] -> G scores {metric: value}, G held-out losses;
     of a mixture one of each, and its weights. Probabilities of windows are averaged per file. ValueError."""
-    train, valid, test = part
+    train, valid, test = part  # file numbers
     if x.shape[-1] == 1:  # an onset curve speaks for itself
         held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]
         return [task.score(p, test, valid) for p in x.float()], held, None
@@ -488,7 +488,7 @@ def evaluate(x, task, part, device="cpu", mix=False):
     if frames:
         p = p.unflatten(1, task.y.shape[:2])
     else:
-        count = owner.bincount(minlength=len(task.y)).clamp_min(1)[:, None]
+        count = owner.bincount(minlength=len(task.y)).clamp_min(1)[:, None]  # windows of each file
         p = p.new_zeros(len(p), *task.y.shape).index_add_(1, owner, p) / count
     return [task.score(q, test, valid) for q in p], loss.tolist(), weights
 
@@ -534,7 +534,7 @@ def by_task(results):
 def table(results):
     """Print a row per system and readout, at the layer of the lowest validation loss and at the last; ±: the
     std over seeds."""
-    cells, metrics = {row["encoder"]: {} for row in results}, {}
+    cells, metrics = {row["encoder"]: {} for row in results}, {}  # {system: {readout: {task: text}}}
     for (system, task), rows in by_task(results).items():
         metrics[task] = rows[0]["metric"]
         for readout in dict.fromkeys(row["readout"] for row in rows):
@@ -547,7 +547,7 @@ def table(results):
     grid = [("", "", *metrics), ("system", "readout", *metrics.values())]
     grid += [(system, readout, *(line.get(task, "") for task in metrics))
              for system, lines in cells.items() for readout, line in lines.items()]
-    widths = [max(map(len, column)) for column in zip(*grid)]
+    widths = [max(map(len, column)) for column in zip(*grid)]  # in characters
     print("\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in grid))
 
 # ---- Figures: PNG, colour-blind safe (Okabe-Ito; cividis)
@@ -574,7 +574,7 @@ def layers_figure(results):
     """Scores over layers, a panel per task, a line per readout; references are horizontal, at the layer of
     the lowest validation loss."""
     rows, tasks, handles = by_task(results), list(dict.fromkeys(row["task"] for row in results)), {}
-    systems = list(dict.fromkeys(system for system, _ in rows))
+    systems = list(dict.fromkeys(system for system, _ in rows))  # in their order, once each
     references = [s for s in systems if s.endswith(REFERENCES)]
     width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)  # one more for the legend
     figure, axes = canvas(height, width, (3.2 * width, 2.7 * height))
@@ -675,7 +675,7 @@ def measure(models, others, args, device):
         parts = dict.fromkeys(names, [torch.arange(a, b) for a, b in zip(edges, edges[1:])])
         batches, total = generated(truth), sum(COUNTS) // CHUNK
     if models := list(models):
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # the untrained twin of the last model
         models = [*models, ("untrained", SEEDS, mt2.build(models[-1][2].config).to(device).eval())]
     spectra = lru_cache(1)(mt2.FrontEnd().to(device))  # all systems read the same waves
     systems = {(name, seeds): of_model(model, spectra) for name, seeds, model in models} | others
