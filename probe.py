@@ -49,8 +49,9 @@ def need(good, message):
 def readouts(layers, class_tokens=(), edge=0):
     """Layers, each [B, n_cls + frames_l, dim_l] -> READOUTS [layers, B, dim] and "seq" [layers, B, 126, dim].
 
-    Sequences are averaged or repeated to 126 frames, of which the encoder misses `edge` at either end. Narrow
-    layers end in zeros. A single class token has no cls_avg, and without any there is only seq_avg."""
+    Sequences are averaged or repeated to 126 frames; where the encoder saw no sound, `edge` frames at either
+    end, the nearest is repeated. Narrow layers end in zeros. A single class token has no cls_avg, and without
+    any there is only seq_avg."""
     n, dim, clips, seq = len(class_tokens), max(x.shape[-1] for x in layers), [], []  # widths may differ
     for x in layers:
         found = dict(zip(class_tokens, x[:, :n].unbind(1)))  # each [B, dim_l]
