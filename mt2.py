@@ -83,7 +83,7 @@ class Config:
     warmup: int = knob(50, "steps of linear warm-up; ours", 1)
     fresh: int = knob(12, "new tracks per step; the rest of a batch is drawn from the pool; ours", 1)
     pool: int = knob(2048, "tracks that the pool remembers; ours", 1)
-    easy: float = knob(0.2, "share of the run with easy music; then a ramp as long, then --data", 0, 0.5)
+    easy: float = knob(0.2, "share of the run with easy music; a ramp as long, then --data; ours", 0, 0.5)
     gap: float = knob(30.0, "seconds between the starts of segments A and B of a file, at most; ours", 0)
     workers: int = knob(-1, "processes that make or read music; -1: half of the cores", -1, 1e3)
     save_every: int = knob(250, "steps between saves", 1)
@@ -228,7 +228,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)  # all heads at once
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def project(self, x):
@@ -248,7 +248,7 @@ class Block(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:  # on CPU the fused kernel costs 2.6 times as much a step at 18 tokens, 1.6 at 128 (measured)
             mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))  # heads side by side again: [B, N, D]
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))  # heads side by side again
         return x + self.mlp(self.norm2(x))
 
 
@@ -424,7 +424,7 @@ class TUNe(nn.Module):
             self.grow = nn.ModuleList(nn.ConvTranspose1d(w[i + 1], w[i], 3, 3) for i in range(3, 3 - up, -1))
             self.join = nn.ModuleList(conv(2 * w[i], w[i]) for i in range(3, 3 - up, -1))
             tail = [(w[i - 1] + w[i], w[i]) for i in range(5 - up, 5)]  # joined with the expansion
-            tail += [(176, 352), *[(352, 352)] * 3, (352, 512)]  # nobody is left to join; down to one frame
+            tail += [(176, 352), *[(352, 352)] * 3, (352, 512)]  # alone from there, down to one frame
             self.tail = nn.ModuleList(conv(i, o) for i, o in tail)
         else:
             w = (128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512)  # 59,049 to one frame
@@ -724,7 +724,7 @@ class SyntheticMusic:
             if t.texture == "solo":
                 continue
             # chords: held or broken by a band, moving with the beat in a chorale
-            turn, spread = rng.randrange(3), 4 * (t.texture == "chorale")  # of voices
+            turn, spread = rng.randrange(3), 4 * (t.texture == "chorale")
             if t.arpeggio:
                 inner[0].extend((start + i, place(triad[(start + i) // 2 % 3], t.low[1])) for i in (0, 2))
             elif new or spread and rng.random() < 0.6:
@@ -836,7 +836,7 @@ class AudioFolder(Dataset):
             low, high = max(0, first - int(self.gap * rate)), min(room, first + int(self.gap * rate))
             for start in (first, low + int(b * (high - low))):
                 sound.seek(start)
-                segments.append(sound.read(length, dtype="float32", always_2d=True).mean(1))  # to mono
+                segments.append(sound.read(length, dtype="float32", always_2d=True).mean(1))
         if min(map(len, segments)) < length:
             raise ValueError("ends before its header says")
         waves = torch.from_numpy(np.stack(segments))
@@ -1072,7 +1072,7 @@ def resume(config, out):
     state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
     for name in (f.name for f in dataclasses.fields(Config)):
         mine, other = getattr(config, name), getattr(theirs, name)
-        if mine != other and name not in ("out", "device", "workers", "save_every"):  # change no music
+        if mine != other and name not in ("out", "device", "workers", "save_every"):  # may differ
             what = f"{name} = {other}, not {mine}"
             raise ValueError(f"--out {out}: holds a run with {what}; name another folder")
     return state
@@ -1093,7 +1093,7 @@ def open_log(path, columns, last_step):
 def pick_device(name):
     """auto: cuda (each process its own), then mps, then cpu."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(k for k in there if there[k]) if name == "auto" else name  # the first that is there
+    name = next(k for k in there if there[k]) if name == "auto" else name
     if not there.get(name):
         raise ValueError(f"--device {name}: this machine has {', '.join(k for k in there if there[k])}")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)

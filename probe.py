@@ -172,7 +172,7 @@ def fit(x, y, multi, l2=L2, steps=40):
         error = (activate(logits, multi) - y[:, None]).flatten(2)  # [G, N, K C]
         grad = (x.mT @ error / N).unflatten(2, (K, C)).transpose(1, 2) + decay[..., None] * ahead
         last, w = w, ahead - inverse @ grad  # down to the minimum of the bound
-        ahead = w + step / (step + 3) * (w - last)  # Nesterov's momentum
+        ahead = w + step / (step + 3) * (w - last)
     return w
 
 def probe(x, y, held_x, held_y, multi, mix=False):
@@ -217,12 +217,12 @@ class Task(NamedTuple):
 def ranking(truth, scores):
     """Truth of 0 and 1, scores [N, C] -> average precision and area under the ROC curve, means over the
     columns that hold both positives and negatives. Ties enter together, and count half."""
-    ap, auc, mean = [], [], lambda v: float(np.mean(v)) if v else math.nan  # a value per column
+    ap, auc, mean = [], [], lambda v: float(np.mean(v)) if v else math.nan
     for t, s in zip(truth.T, scores.T):
         order, n = np.argsort(-s), t.sum()  # the surest first; n positives
         if 0 < n < len(t):
             last = np.append(np.diff(s[order]) != 0, True)  # the last of each group of ties
-            hits, ranks = np.cumsum(t[order])[last], np.flatnonzero(last) + 1  # of each group
+            hits, ranks = np.cumsum(t[order])[last], np.flatnonzero(last) + 1
             ap.append((np.diff(hits, prepend=0) * hits / ranks).sum() / n)
             hits, ranks = np.append(0, hits), np.append(0, ranks)  # the ROC curve: misses against hits
             auc.append(((hits[1:] + hits[:-1]) / 2 * np.diff(ranks - hits)).sum() / (n * (len(t) - n)))
@@ -230,7 +230,7 @@ def ranking(truth, scores):
 
 def tempo_accuracy(truth, estimate):
     """BPM [N] twice -> Acc1, within 4 %; Acc2, where half, third, double and triple tempo count as well."""
-    near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]  # [5][N]
+    near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]
     return {"acc1": float(near[0].mean()), "acc2": float(np.any(near, 0).mean())}
 
 def chord_class(label):
@@ -259,7 +259,7 @@ def clip_task(name, truth, owner):
         right, said = y[test].numpy(), p[test].numpy()  # [files, C]
         if tags:
             return ranking(right, said)
-        right, said = right.argmax(1), said.argmax(1)  # indices of classes
+        right, said = right.argmax(1), said.argmax(1)
         if kind == "tempo":
             return tempo_accuracy(np.array([truth[i] for i in test]), np.array(names)[said])
         scores = {"accuracy": float((right == said).mean())}
@@ -340,7 +340,7 @@ def generated(truth):
                 truth.setdefault("chord", []).append(spans)  # as read from a .lab file
                 for task, times in zip(("beat", "onset"), events):
                     truth.setdefault(task, []).append(np.sort(times[times >= 0]))  # drops NaN
-            files = sum(COUNTS[:part]) + step * CHUNK + torch.arange(CHUNK)  # each clip counts as a file
+            files = sum(COUNTS[:part]) + step * CHUNK + torch.arange(CHUNK)  # a clip is a file
             yield waves[:, 0], files, torch.zeros(CHUNK), step * CHUNK < local  # only segment A
 
 def open_sound(path):
@@ -366,7 +366,7 @@ def cut(path):
         wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
         tqdm.write(f"{path}: shorter than {SECONDS:g} s, padded with silence", file=sys.stderr)
-    count = max(1, math.ceil((len(wave) - SAMPLES // 4) / SAMPLES))  # windows
+    count = max(1, math.ceil((len(wave) - SAMPLES // 4) / SAMPLES))
     return F.pad(wave, (0, SAMPLES))[:count * SAMPLES].view(count, SAMPLES)
 
 def read_files(files, frames=True):
@@ -548,7 +548,7 @@ def table(results):
     grid = [("", "", *metrics), ("system", "readout", *metrics.values())]
     grid += [(system, readout, *(line.get(task, "") for task in metrics))
              for system, lines in cells.items() for readout, line in lines.items()]
-    widths = [max(map(len, column)) for column in zip(*grid)]  # in characters
+    widths = [max(map(len, column)) for column in zip(*grid)]
     print("\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in grid))
 
 # ---- Figures: PNG, colour-blind safe (Okabe-Ito; cividis)
@@ -575,7 +575,7 @@ def layers_figure(results):
     """Scores over layers, a panel per task, a line per readout; references are horizontal, at the layer of
     the lowest validation loss."""
     rows, tasks, handles = by_task(results), list(dict.fromkeys(row["task"] for row in results)), {}
-    systems = list(dict.fromkeys(system for system, _ in rows))  # in their order, once each
+    systems = list(dict.fromkeys(system for system, _ in rows))
     references = [s for s in systems if s.endswith(REFERENCES)]
     width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)  # one more for the legend
     figure, axes = canvas(height, width, (3.2 * width, 2.7 * height))

@@ -644,6 +644,14 @@ def python(*args, **more):
                             stderr=subprocess.PIPE, **more)
 
 
+def wait_for_log(job, run):
+    """Wait until a job has logged two steps -> its log."""
+    log = run / "log.csv"
+    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    return log
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A run of 8 steps, saved after 3, 6 and 8."""
@@ -799,9 +807,7 @@ def test_a_signal_to_the_whole_process_group_saves_and_ends_the_run(songs, tmp_p
     flags = [*FLAGS, "--steps=100000", "--workers=1", f"--data={songs}", "--easy=0", "--tasks=con"]
     flags += ["--batch=64", "--pool=64", "--fresh=16", "--dim=96", "--depth=4"]  # a worker dies within a step
     job = python(HERE / "mt2.py", *flags, cwd=tmp_path, start_new_session=True)
-    log = tmp_path / "run" / "log.csv"
-    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
-        time.sleep(0.05)
+    log = wait_for_log(job, tmp_path / "run")
     os.killpg(job.pid, signal.SIGTERM)  # as torchrun ends its ranks
     said, errors = job.communicate(timeout=60)
     assert job.returncode == 128 + signal.SIGTERM and "saved after step" in said, errors
@@ -1020,9 +1026,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path):
     flags = [*FLAGS, "--steps=100000", "--save-every=100000"]
     ranks = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
     job = python(*ranks, HERE / "mt2.py", *flags, cwd=tmp_path)
-    log = tmp_path / "run" / "log.csv"
-    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
-        time.sleep(0.05)
+    log = wait_for_log(job, tmp_path / "run")
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
     said, errors = job.communicate(timeout=60)
@@ -1207,6 +1211,13 @@ def test_events_beyond_what_was_read_are_not_missed():
     owner, now = torch.zeros(2, dtype=torch.long), torch.arange(126) * 0.032 + torch.tensor([[0.0], [4.0]])
     task = probe.event_task("beat", [np.arange(0.5, 240, 0.5)], owner, now)  # 240 s, 8 of them read
     assert task.score(task.y, owner[:1], owner[:1])["f_measure"] == 1
+
+
+def test_a_sound_file_that_was_cut_short_is_named(tmp_path):
+    soundfile.write(tmp_path / "cut.flac", noise(64000).numpy() / 9, 16000)
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:40000])
+    with pytest.raises(ValueError, match="cut.flac: broken or cut short"):
+        probe.cut(tmp_path / "cut.flac")
 
 
 def test_a_metric_that_is_not_defined_stops_neither_table_nor_figure(capsys):
