@@ -17,6 +17,7 @@ a choice was worth, "prototype" what it was worth in throw-away runs before this
 F frames, D the width of a token.
 """
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -1043,7 +1044,15 @@ def read_checkpoint(path, *needed):
         return content, Config(**content["config"])
     except Exception as error:  # a hostile or broken file may raise anything
         what = f"cut, foreign or not a checkpoint of mt2 ({brief(error)})"
-        raise ValueError(f"{path}: {what}; it is left as it is: name another folder") from None
+        raise ValueError(f"{path}: {what}; name another folder") from None
+
+
+def set_aside(path, error):
+    """Rename a file that cannot be used, so that no later save replaces it; raises the ValueError to show."""
+    aside = path.with_name(f"broken-{int(time.time())}-{path.name}")
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        os.rename(path, aside)
+    raise ValueError(f"{error}; set aside as {aside.name}") from None
 
 
 def load(path, device="cpu"):
@@ -1066,10 +1075,13 @@ def resume(config, out):
         if path.exists() and not path.is_dir():
             raise ValueError(f"--out {out}: {path} is a file; name a folder")
     if not (out / "state.pt").exists():
-        if (out / "model.pt").exists():
-            raise ValueError(f"--out {out}: holds model.pt but no state.pt; name another folder")
+        if found := [*out.glob("model.pt"), *out.glob("broken-*")]:
+            raise ValueError(f"--out {out}: holds {found[0].name} but no state.pt; name another folder")
         return None
-    state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
+    try:
+        state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
+    except ValueError as error:
+        set_aside(out / "state.pt", error)
     for name in (f.name for f in dataclasses.fields(Config)):
         mine, other = getattr(config, name), getattr(theirs, name)
         if mine != other and name not in ("out", "device", "workers", "save_every"):  # may differ
@@ -1180,7 +1192,8 @@ def run(config, told):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         except Exception as error:
-            raise ValueError(f"{out}/state.pt: does not fit its own config ({brief(error)})") from None
+            what = f"{out}/state.pt: does not fit its own config ({brief(error)}); name another folder"
+            set_aside(out / "state.pt", what)
 
     # music: chunks of fresh tracks go into a ring, the pool, which holds two batches before the first step
     slots = -(-c.pool // c.fresh)  # chunks that the ring holds, rounded up
