@@ -230,7 +230,7 @@ def ranking(truth, scores):
 
 def tempo_accuracy(truth, estimate):
     """BPM [N] twice -> Acc1, within 4 %; Acc2, where half, third, double and triple tempo count as well."""
-    near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]
+    near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]  # five of [N]
     return {"acc1": float(near[0].mean()), "acc2": float(np.any(near, 0).mean())}
 
 def chord_class(label):
@@ -248,6 +248,7 @@ def clip_task(name, truth, owner):
     from mir_eval.key import weighted_score
     kind, known = KINDS.get(name), [v for v in truth if v is not None]  # labels of labelled files
     tags = isinstance(known[0], set)
+    # keys have fixed places, for mir_eval; other classes are those that occur
     names = range(24) if kind == "key" else sorted(set().union(*known) if tags else set(known))
     if kind == "tempo":  # classes 5 % apart: the nearest lies within 2.5 %
         names = [names[0] * 1.05 ** i for i in range(2 + int(math.log(names[-1] / names[0], 1.05)))]
@@ -273,7 +274,7 @@ def chord_task(name, truth, owner, now):
 
     Metric: share of right frames among chords with a major or minor third, a fifth, and N: mir_eval's
     majmin, frame by frame."""
-    index = torch.full(now.shape, -1)
+    index = torch.full(now.shape, -1)  # [windows, frames]; -1: no label, not scored
     for file in owner.unique().tolist():
         if truth[file]:
             mine, (intervals, classes) = now[owner == file], truth[file]
@@ -285,7 +286,7 @@ def chord_task(name, truth, owner, now):
 
     def score(p, test, valid):
         known = torch.isin(owner, test)[:, None] & (index >= 0)  # [windows, frames]
-        return {"majmin": (p.argmax(-1) == index)[known].float().mean().item()}
+        return {"majmin": (p.argmax(-1) == index)[known].float().mean().item()}  # frames count alike
     return Task(y, owner, score)
 
 def peaks(curve):
@@ -307,8 +308,9 @@ def event_task(name, truth, owner, now):
     def score(p, test, valid):
         p = p[:, :-1, 0]  # the last frame of a window is the first of the next
         peak, held, values = peaks(p), torch.isin(owner, valid), []  # held: windows of validation files
+        # one threshold for all: as many peaks on validation files as they hold events
         heights = F.pad(p[held][peak[held]].sort(descending=True).values, (0, 1))  # at least one: 0
-        least = heights[min(int(y[held, :-1].sum()), len(heights)) - 1]  # as many peaks as `valid` has events
+        least = heights[min(int(y[held, :-1].sum()), len(heights)) - 1]
         for file in test.tolist():
             mine = owner == file
             true = truth[file][truth[file] < now[mine].max().item()]  # of a long file only the start is read
@@ -484,6 +486,7 @@ def evaluate(x, task, part, device="cpu", mix=False):
         data += [flat[:, rows].float().to(device), y[rows].to(device)]
     predict, loss, weights = probe(*data, task.multi, mix)
     with torch.no_grad():
+        # [G, windows (x frames), C], in parts: frames of all layers at once would fill the memory
         logits = torch.cat([predict(v.float().to(device)).cpu() for v in flat.split(2 ** 14, dim=1)], dim=1)
     p = activate(logits, task.multi)  # [G, windows (x frames), C]
     if frames:
@@ -505,6 +508,7 @@ def study(found, tasks, parts, device, mix=False):
             train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
             few = math.ceil(len(train) / (10 if len(valid) else 5))  # to leave out, or to validate on
             part = train[few:], valid if len(valid) else train[:few], test
+            # all readouts and layers side by side: [G, windows, D] or [G, windows, frames, D]
             scores, losses, _ = evaluate(torch.cat([*wanted.values()]), task, part, device)
             places = [(r, layer) for r, x in wanted.items() for layer in range(len(x))]  # in the same order
             for r, x in wanted.items() if mix else ():
@@ -568,7 +572,7 @@ def write(path, content):
         content = buffer.getvalue()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.tmp").write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(f"{path}.tmp", path)
+    os.replace(f"{path}.tmp", path)  # whoever reads meanwhile sees the old file or the new one
     print(path)
 
 def layers_figure(results):
@@ -599,6 +603,7 @@ def layers_figure(results):
 
 def similarity_figure(model, waves):
     """Cosine similarity of centred sequence tokens, 6 a second, of windows [n, 64000], a matrix per layer."""
+    # centred: all tokens share a large mean, beside which everything would look alike
     seq = readouts(model.layers(waves), model.class_tokens)["seq"][:, :, :125].unflatten(2, (25, 5)).mean(3)
     seq = seq.flatten(1, 2)  # [layers, 25 n, dim]
     seq = F.normalize(seq - seq.mean(1, keepdim=True), dim=-1).cpu().numpy()
