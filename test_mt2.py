@@ -1704,11 +1704,13 @@ def benchmark_probe(device):
 
 def benchmark():
     device = mt2.pick_device("auto")
-    mt2.keep_memory()  # as training does; the peers have the good of it as well
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; x: times the first")
     benchmark_vqt(device)
     benchmark_losses(device)
     benchmark_memory()
+    mt2.keep_memory()
+    print("\nfrom here on freed memory is kept, as in training; the peers have the good of it as well")
+    benchmark_vqt(device)
     benchmark_step(device)
     benchmark_probe(device)
 
