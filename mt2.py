@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import io
 import math
 import os
 import random
@@ -42,7 +43,7 @@ import torchaudio
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-# ---- Config: every number that a run depends on; each field is a command-line flag ----------------------
+# ---- Config: what a user may want to change; each field is a command-line flag ---------------------------
 
 SAMPLE_RATE, SECONDS, HOP = 16000, 4.0, 512  # the paper's input: 4 s of mono sound at 16 kHz
 SAMPLES = int(SAMPLE_RATE * SECONDS)         # 64,000 samples
@@ -60,7 +61,8 @@ def knob(default, text, least=None, most=1e9):
 
 @dataclasses.dataclass
 class Config:
-    """Every hyper-parameter of a run. None: taken from `size`. Raises ValueError for what cannot be."""
+    """The hyper-parameters of a run; AdamW's own stand in `run`. None: by `size`. Raises ValueError for
+    what cannot be."""
     data: str = knob("", "folder of music; empty: music made on the fly by SyntheticMusic")
     out: str = knob("runs/demo", "run folder: model.pt, state.pt, log.csv, monitor.csv")
     init: str = knob("", "run folder or model.pt whose weights to start from")
@@ -69,20 +71,20 @@ class Config:
     expansion: int = knob(4, "of TUNe: expansion layers, 1 to 4; 0 is CLMR's SampleCNN", 0, 4)
     tasks: tuple = knob(("eq", "con"), "class tokens, in token order: eq,con | eq | con")
     inputs: tuple = knob(("mel", "vqt"), "branches, whose tokens are added: mel,vqt | mel | vqt")
-    steps: int = knob(2000, "optimiser steps (paper: about 1000 epochs of 512)", 1)
+    steps: int = knob(2000, "optimiser steps (paper: about 1000 epochs of 512 steps)", 1)
     batch: int = knob(128, "tracks per step and process (paper: 128)", 2)
     seed: int = knob(0, "of weights, music and views", 0, 2 ** 17)
     device: str = knob("auto", "auto | cpu | cuda | mps")
-    dim: int = knob(None, "width of a token (paper: 192)", 1, 1e5)
-    depth: int = knob(None, "transformer blocks (paper: 12)", 1, 1e3)
-    heads: int = knob(None, "attention heads (paper: 3)", 1, 1e3)
+    dim: int = knob(None, "width of a token (paper: 192); None: by --size", 1, 1e5)
+    depth: int = knob(None, "transformer blocks (paper: 12); None: by --size", 1, 1e3)
+    heads: int = knob(None, "attention heads (paper: 3); None: by --size", 1, 1e3)
     proj_dim: int = knob(64, "width of the contrastive embedding z; ours", 1, 1e5)
-    frames: int = knob(None, "random frames of a segment that a training view keeps; ours", 1, FRAMES)
-    eq_db: float = knob(4.0, "random EQ of an equivariant view: std in dB of each octave; ours", 0, 40)
+    frames: int = knob(None, "random frames that a training view keeps; None: by --size; ours", 1, FRAMES)
+    eq_db: float = knob(4.0, "random EQ of an equivariant view: std in dB, more at both ends; ours", 0, 40)
     hide_mel: int = knob(1, "1: equivariant views see no mel, which would leak absolute pitch; ours", 0, 1)
     temperature: float = knob(0.1, "of NT-Xent (paper: 0.1)", 0.01, 1e3)
     eq_weight: float = knob(10.0, "weight of CPSD beside NT-Xent; ours", 0, 1e6)
-    lr: float = knob(None, "peak learning rate; ours", 0, 1e3)
+    lr: float = knob(None, "peak learning rate; None: by --size; ours", 0, 1e3)
     warmup: int = knob(50, "steps of linear warm-up; ours", 1)
     fresh: int = knob(12, "new tracks per step; the rest of a batch is drawn from the pool; ours", 1)
     pool: int = knob(2048, "tracks that the pool remembers; ours", 1)
@@ -363,8 +365,8 @@ class MT2(nn.Module):
 
     def features(self, wave):
         """Wave [B, T] -> mel [B, F, 128], VQT [B, F, 99], both in [0, 1]."""
-        if wave.ndim != 2 or not HOP <= wave.shape[1] <= SAMPLES:
-            raise ValueError(f"MT2 takes waves [B, {HOP} to {SAMPLES} samples], not {list(wave.shape)}")
+        if wave.ndim != 2 or not HOP < wave.shape[1] <= SAMPLES:
+            raise ValueError(f"MT2 takes waves [B, {HOP + 1} to {SAMPLES} samples], not {list(wave.shape)}")
         return [unit_range(x) for x in self.front_end(wave)]
 
     def layers(self, wave, offset=None):
@@ -777,7 +779,8 @@ class SyntheticMusic:
         begins = {tick for line in lines for tick, _ in line}.union(range(0, end, 2) if t.drums else ())
         names = [triad[0] + 12 * ((triad[1] - triad[0]) % 12 == 3) for _, _, _, triad in chords]
         beat = [int((frame * HOP / SAMPLE_RATE + early) / tick_s / TICKS) for frame in range(FRAMES)]
-        chord = [24 if t.texture == "solo" else names[b] for b in beat]  # 24: none sounds
+        first = round(t.silent * SAMPLE_RATE / HOP)  # frame that is not silent
+        chord = [24 if t.texture == "solo" or frame < first else names[b] for frame, b in enumerate(beat)]
         return wave, chord, heard(range(0, end, TICKS), BEATS), heard(sorted(begins), BEATS * TICKS)
 
 
@@ -1040,8 +1043,9 @@ def save(path, content):
 
 def read_checkpoint(path, *needed):
     """-> content and its Config. Plain data and tensors only (weights_only): nothing in a file can run."""
+    data = io.BytesIO(Path(path).read_bytes())  # if the disk fails, the file is not to blame
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(data, map_location="cpu", weights_only=True)
         if missing := {"model", "config", *needed} - content.keys():
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
         return content, Config(**content["config"])
@@ -1078,7 +1082,7 @@ def resume(config, out):
         if path.exists() and not path.is_dir():
             raise ValueError(f"--out {out}: {path} is a file; name a folder")
     if not (out / "state.pt").exists():
-        if found := [*out.glob("model.pt"), *out.glob("broken-*")]:
+        if found := [*out.glob("broken-*"), *out.glob("model.pt")]:
             raise ValueError(f"--out {out}: holds {found[0].name} but no state.pt; name another folder")
         return None
     try:
@@ -1087,6 +1091,8 @@ def resume(config, out):
         set_aside(out / "state.pt", error)
     for name in (f.name for f in dataclasses.fields(Config)):
         mine, other = getattr(config, name), getattr(theirs, name)
+        if name in ("data", "init"):
+            mine, other = os.path.normpath(mine), os.path.normpath(other)  # music/ is music
         if mine != other and name not in ("out", "device", "workers", "save_every"):  # may differ
             what = f"{name} = {other}, not {mine}"
             raise ValueError(f"--out {out}: holds a run with {what}; name another folder")
@@ -1095,7 +1101,8 @@ def resume(config, out):
 
 def open_log(path, columns, last_step):
     """A CSV to append to, cut back to whole rows up to last_step: never a gap, a repeat or half a line."""
-    header, *rows = (path.read_text() if path.exists() else ",".join(columns)).splitlines() or [""]
+    text = path.read_text() if path.exists() else ""  # may be empty after a power cut
+    header, *rows = text.splitlines() or [",".join(columns)]
     if header != ",".join(columns):
         raise ValueError(f"{path}: not a log of mt2; name another --out")
     rows = [row.split(",") for row in rows]
@@ -1191,10 +1198,11 @@ def run(config, told):
     torch.manual_seed(c.seed)
     model = build(c)
     if c.init and not state:
-        try:
-            model.load_state_dict(load(c.init).state_dict())
-        except RuntimeError:
-            raise ValueError(f"--init {c.init}: a model of another shape; give its --size, --tasks") from None
+        theirs = load(c.init)
+        shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, theirs)]
+        if shapes[0] != shapes[1] or theirs.config.heads != c.heads:
+            raise ValueError(f"--init {c.init}: a model of another shape; give its --size, --tasks")
+        model.load_state_dict(theirs.state_dict())
     model.to(device).train()
     kinds = nn.Linear, nn.Conv1d, nn.ConvTranspose1d
     matrices = [m.weight for m in model.modules() if isinstance(m, kinds)]
@@ -1319,7 +1327,8 @@ def main():
         parser.add_argument(flag, type=kind, default=default, help=field.metadata["help"])
     try:
         out = train(Config(**vars(parser.parse_args())))
-        print(f"{out}/model.pt is trained; what it knows: python probe.py {out}")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{out}/model.pt is trained; what it knows: python probe.py {out}")
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         sys.exit(f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}")  # of a worker: its last line

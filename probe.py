@@ -3,7 +3,8 @@
     python probe.py RUN...                                     # linear probes on generated music, no download
     python probe.py RUN --data manifest.csv --task key,chords  # on your own labelled music
     python probe.py --encoder muq:FOLDER                       # any other frozen encoder, the same code
-    python probe.py key | embed | figures RUN FILE...          # key signatures, features, pictures of songs
+    python probe.py key | embed RUN FILE...                    # key signatures or features of songs
+    python probe.py figures RUN FILE                           # pictures of one
     python probe.py ablation --steps 400                       # two class tokens in one model, or two models?
 
 A probe is one linear layer on standardised frozen features. Its score means something only above the
@@ -230,7 +231,7 @@ def ranking(truth, scores):
 
 def tempo_accuracy(truth, estimate):
     """BPM [N] twice -> Acc1, within 4 %; Acc2, where half, third, double and triple tempo count as well."""
-    near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]  # five of [N]
+    near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]
     return {"acc1": float(near[0].mean()), "acc2": float(np.any(near, 0).mean())}
 
 def chord_class(label):
@@ -410,10 +411,11 @@ def manifest(path, tasks, seed=0, fit=True):
     what is wrong with it, before anything is computed; `fit`: also for what a probe cannot be trained on."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, restval=""))
+            rows = list(reader := csv.DictReader(file, restval=""))
+            columns = [str(name) for name in reader.fieldnames or ()]
     except (UnicodeDecodeError, csv.Error):
         raise ValueError(f"{path}: not a CSV text file") from None
-    columns, folder, truth, parts = list(map(str, rows[0])) if rows else [], Path(path).parent, {}, {}
+    folder, truth, parts = Path(path).parent, {}, {}
     for name in ("path", *tasks):
         need(name in columns, f"{path}: no column '{name}'; there are: {', '.join(columns)}")
     rows = [row for row in rows if any(row[task].strip() for task in tasks)]  # with a label at least
@@ -528,6 +530,10 @@ def study(found, tasks, parts, device, mix=False):
                              valid_loss=number(np.mean(losses))))
     return rows
 
+def held_out(row):
+    """The validation loss by which a layer is chosen; where it is not defined, the layer comes last."""
+    return math.inf if row["valid_loss"] is None else row["valid_loss"]
+
 def by_task(results):
     """{(encoder, task): its rows, of the main metric, where it is defined}."""
     rows = {}
@@ -544,7 +550,7 @@ def table(results):
         metrics[task] = rows[0]["metric"]
         for readout in dict.fromkeys(row["readout"] for row in rows):
             layers = [row for row in rows if row["readout"] == readout]
-            best, last = min(layers, key=lambda row: row["valid_loss"]), layers[-1]
+            best, last = min(layers, key=held_out), layers[-1]
             for name, row in ((readout, best), (f"{readout} last", last))[:len(layers)]:
                 at = f" L{row['layer']}" if len(layers) > 1 else ""
                 text = f"{row['value']:.3f}±{row['std']:.3f}{at}"
@@ -588,7 +594,7 @@ def layers_figure(results):
         ax.set(title=task, xlabel="layer", ylabel=mine[0]["metric"].replace("_", " "))
         ax.locator_params(axis="x", integer=True)
         if system in references:
-            i, best = references.index(system), min(mine, key=lambda row: row["valid_loss"])
+            i, best = references.index(system), min(mine, key=held_out)
             style = dict(ls=("--", "-.", ":")[i % 3], color=("k", "0.6")[i // 3 % 2], lw=1.2)
             handles[system] = ax.axhline(best["value"], **style)
         for r in COLOURS if system not in references else ():
@@ -695,14 +701,16 @@ def measure(models, others, args, device):
              else clip_task(name, truth[name], owner) for name in asked}
     parts = {name: [p[torch.isin(p, task.owner)] for p in parts[name]] for name, task in tasks.items()}
     results = study(found, tasks, parts, device, args.mix)
-    table(results)
     write(out / "results.json", json.dumps(results, indent=1))
+    table(results)
     write(out / "layers.png", layers_figure(results))
 
 def command_table(args):
     """Linear probes of runs or other encoders, beside their references."""
     device = mt2.pick_device(args.device)
     need(args.run or args.encoder, "name a run folder, or another encoder with --encoder")
+    for run in args.run:
+        need(not run.endswith(REFERENCES), f"{run}: ends like the name of a reference; write {run}/model.pt")
     models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
     others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
               for spec in args.encoder}

@@ -406,13 +406,15 @@ def test_beats_follow_the_tempo_and_sound_rises_at_onsets(music):
     assert rise[at].mean() > 1.5 * rise[~at].mean()
 
 
-def test_a_silent_start_has_no_onsets_and_no_beats():
+def test_a_silent_start_has_no_onsets_no_beats_and_no_chord():
     waves, labels = SyntheticMusic(11).batch(64, 0)
     begin = (waves.abs().flatten(0, 1) > 1e-6).float().argmax(1) / 16000  # seconds
     late = begin > 0.2
     assert late.sum() >= 2
     for name in ("onsets", "beats"):
         assert (labels[name].flatten(0, 1).nan_to_num(9).amin(1) > begin - 0.01)[late].all()
+    silent = torch.arange(126) * 512 / 16000 < begin[:, None] - 0.02
+    assert (labels["chord"].flatten(0, 1)[silent & late[:, None]] == 24).all()
 
 
 # ---- A folder of music -----------------------------------------------------------------------------------
@@ -821,6 +823,18 @@ def test_somebody_elses_log_is_refused_and_untouched(tmp_path):
     assert (tmp_path / "log.csv").read_text() == "my,own\n1,2\n"
 
 
+def test_an_empty_log_of_a_power_cut_does_not_block_the_run(unbroken, tmp_path):
+    interrupted(tiny(tmp_path), 4)
+    (tmp_path / "log.csv").write_text("")
+    assert_close(weights(train(tiny(tmp_path))), weights(unbroken), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads, dim", [(4, 24), (2, 48)])
+def test_init_from_a_model_of_another_shape_is_refused(heads, dim, unbroken, tmp_path):
+    with pytest.raises(ValueError, match=f"--init {re.escape(str(unbroken))}: a model of another shape"):
+        train(tiny(tmp_path, init=str(unbroken), heads=heads, dim=dim))
+
+
 @pytest.mark.parametrize("name, other", [("lr", 0.5), ("steps", 9), ("dim", 48), ("tasks", "eq")])
 def test_a_folder_with_another_run_is_refused_with_both_values_and_untouched(name, other, unbroken):
     before, theirs, mine = files_of(unbroken), getattr(tiny(), name), getattr(tiny(**{name: other}), name)
@@ -873,6 +887,19 @@ def test_a_foreign_checkpoint_is_refused_by_name_kept_and_nothing_in_it_runs(kin
                 train(tiny(run))
             name = aside
         assert files_of(run)[name] == data
+
+
+def test_a_sound_state_is_not_set_aside_when_the_disk_fails(unbroken, tmp_path, monkeypatch):
+    interrupted(tiny(tmp_path), 4)
+    before = files_of(tmp_path)
+
+    def fail(path):
+        raise OSError(24, "Too many open files")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many"):
+        patch.setattr(Path, "read_bytes", fail)
+        train(tiny(tmp_path))
+    assert files_of(tmp_path) == before
+    assert_equal_runs(train(tiny(tmp_path)), unbroken)
 
 
 def test_broken_copies_of_a_model_load_or_are_refused_in_one_line(unbroken, tmp_path):
@@ -1293,6 +1320,7 @@ def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, c
     ("no key", "path,key\nsong0.wav,H dur\nsong1.wav,C major", "key", "no key"),
     ("empty lab", "path,chords\nsong0.wav,empty.lab\nsong1.wav,empty.lab", "chords", "empty.lab"),
     ("twice", "path,key\nsong0.wav,C major\nsong0.wav,A minor", "key", "listed twice"),
+    ("no row", "path,key", "key", "0 labels in train"),
     ("late lab", "path,chords\nsong0.wav,late.lab\nsong1.wav,late.lab", "chords", "but the sound ends")])
 def test_a_bad_manifest_is_refused_and_nothing_is_written(small_run, capsys, name, text, task, expected):
     (small_run / "empty.lab").write_text("")
@@ -1302,6 +1330,23 @@ def test_a_bad_manifest_is_refused_and_nothing_is_written(small_run, capsys, nam
     flags = "--data", small_run / "bad.csv", "--task", task, "--out", out
     said = probe_main(capsys, small_run / "run", *flags)
     assert said.startswith("probe: ") and expected in said and not out.exists()
+
+
+def test_an_undefined_validation_score_costs_no_result(small_run, capsys):
+    lines = ["path,onsets,split"]
+    for i, part in enumerate(("train", "train", "train", "valid", "test", "test")):
+        (small_run / f"{i}.onsets").write_text("8.2\n" if part == "valid" else "1.0\n2.0\n")
+        lines.append(f"song{i}.wav,{i}.onsets,{part}")  # 8.2: just after the last frame
+    (small_run / "undefined.csv").write_text("\n".join(lines))
+    flags = "--data", small_run / "undefined.csv", "--task", "onsets", "--out", small_run / "undefined"
+    said = probe_main(capsys, small_run / "run", *flags)
+    rows = json.loads((small_run / "undefined" / "results.json").read_text())
+    assert "f_measure" in said and any(row["valid_loss"] is None for row in rows)
+
+
+def test_a_run_named_like_a_reference_is_refused(small_run, capsys):
+    (small_run / "my_flux").mkdir(exist_ok=True)
+    assert "reference" in probe_main(capsys, small_run / "my_flux")
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["key", "nowhere", "x.wav"], ["--encoder", "muq:nowhere"],
@@ -1698,8 +1743,8 @@ def benchmark_probe(device):
         one_pass = race("features of 40 clips, paper size", {"layers": lambda: model.layers(clips)}, 3)
     features = 20 * one_pass["layers"]  # of 800 clips
     together, apart = features + at_once, 65 * features + alone  # s
-    print(f"  from the sound on: {together:.1f} s for one probe or for 65 at once; in 65 commands, each with its "
-          f"own pass, {apart:.0f} s, {apart / together:.0f} times as long")
+    print(f"  from the sound on: {together:.1f} s for one probe or for 65 at once; in 65 commands, each with "
+          f"its own pass, {apart:.0f} s, {apart / together:.0f} times as long")
 
 
 def benchmark():
