@@ -77,7 +77,7 @@ def attention(model, wave):
     inputs, n = [], len(model.class_tokens)  # what each block is given
     hooks = [b.register_forward_pre_hook(lambda block, x: inputs.append((block, *x))) for b in model.blocks]
     model.layers(wave)  # all blocks without mel where that is hidden from eq, then all blocks with it
-    [hook.remove() for hook in hooks]
+    [hook.remove() for hook in hooks]  # the model is left as it was
     # [passes, blocks, B, heads, N, frames]
     maps = torch.stack([block.attention(x)[..., n:] for block, x in inputs]).unflatten(0, (-1, len(hooks)))
     paid = {name: maps[0 if name == "eq" else -1, ..., i, :] for i, name in enumerate(model.class_tokens)}
@@ -128,7 +128,7 @@ def of_package(spec, device, download=False, trust=False):
             from musicfm.model.musicfm_25hz import MusicFM25Hz
             stats, weights = (str(min(Path(where).glob(name))) for name in ("*stats*.json", "*.pt"))
             model = MusicFM25Hz(is_flash=False, stat_path=stats, model_path=weights).to(device).eval()
-            layers = lambda wave: model.get_predictions(wave)[1]
+            layers = lambda wave: model.get_predictions(wave)[1]  # the hidden states, not the logits
         else:
             layers = getattr(importlib.import_module(kind), where)
             rate = getattr(layers, "rate", SAMPLE_RATE)
@@ -701,6 +701,7 @@ def measure(models, others, args, device):
              else clip_task(name, truth[name], owner) for name in asked}
     parts = {name: [p[torch.isin(p, task.owner)] for p in parts[name]] for name, task in tasks.items()}
     results = study(found, tasks, parts, device, args.mix)
+    # first to the disk, then to the screen: what took minutes must outlive a flaw in a table
     write(out / "results.json", json.dumps(results, indent=1))
     table(results)
     write(out / "layers.png", layers_figure(results))
@@ -743,7 +744,7 @@ def command_embed(args):
 def command_key(args):
     """Key signatures of songs without labels: the phase of y at twelve crops, calibrated by generated music.
     With --data the songs of a manifest, and how many agree with its column `key`."""
-    device, away = mt2.pick_device(args.device), []
+    device, away, broken = mt2.pick_device(args.device), [], 0
     crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
     need(bool(args.file) != bool(args.data), "key: name sound files, or a manifest with --data")
     files, truth, _ = manifest(args.data, ["key"], fit=False) if args.data else (args.file, {}, None)
@@ -754,18 +755,25 @@ def command_key(args):
     if args.csv:
         print("file,major,minor,confidence")
     for i, file in enumerate(tqdm(files, "files", disable=None, leave=False)):
-        phasor = mt2.key_phase(model, cut(file).to(device), crops)  # [crops, windows]
+        try:
+            waves = cut(file).to(device)
+        except ValueError as error:  # named at once; the others still get their keys
+            tqdm.write(f"probe: {error}", file=sys.stderr)
+            broken += 1
+            continue
+        phasor = mt2.key_phase(model, waves, crops)  # [crops, windows]
         tonic = int(mt2.key_signature(phasor.mean(), c_major))
         sure = phasor.sgn().mean().abs().item()  # 1 if all windows and crops agree
         major, minor = KEYS[tonic], KEYS[12 + (tonic + 9) % 12]
         csv.writer(line := io.StringIO(), lineterminator="").writerow((file, major, minor, f"{sure:.2f}"))
         plain = f"{major + ' or ' + minor:20} confidence {sure:.2f}  {file}"
-        tqdm.write(line.getvalue() if args.csv else plain)  # at once: the next file may be broken
+        tqdm.write(line.getvalue() if args.csv else plain)
         if truth:
             away.append(7 * (tonic - truth["key"][i] - 3 * (truth["key"][i] > 11)) % 12)  # in fifths
-    if truth:
+    if away:
         exact, fifth = (np.isin(away, near).mean() for near in ((0,), (0, 1, 11)))
         print(f"{exact:.3f} right, {fifth:.3f} within a fifth, of {len(away)} files", file=sys.stderr)
+    need(not broken, f"{broken} of {len(files)} files have no key here: see above")
 
 def command_figures(args):
     """Of a sound file: ssm.png (its first 32 s), attention.png (4 s) and circle.png (a minute; needs eq)."""

@@ -1455,6 +1455,15 @@ def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monk
     assert said.endswith("no file has a key")
 
 
+def test_key_names_a_broken_song_goes_on_and_ends_with_an_error(small_run, capsys):
+    (small_run / "text.wav").write_text("no sound")
+    words = "key", small_run / "run", small_run / "song0.wav", small_run / "text.wav", small_run / "song1.wav"
+    with pytest.raises(SystemExit, match="1 of 3 files"):
+        probe.main(list(map(str, words)))
+    said = capsys.readouterr()
+    assert "text.wav: not a sound file" in said.err and re.search("song0.wav\n.*song1.wav", said.out)
+
+
 def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     songs = small_run / "song0.wav", small_run / "song1.wav"
     said = probe_main(capsys, "key", small_run / "run", *songs, "--csv")
