@@ -823,6 +823,12 @@ def test_somebody_elses_log_is_refused_and_untouched(tmp_path):
     assert (tmp_path / "log.csv").read_text() == "my,own\n1,2\n"
 
 
+def test_a_folder_written_with_a_slash_is_the_same_folder(songs, tmp_path, capsys):
+    for data in (str(songs), f"{songs}/"):
+        train(tiny(tmp_path, data=data, tasks="con", easy=0, steps=1))
+    assert "already trained" in capsys.readouterr().out
+
+
 def test_an_empty_log_of_a_power_cut_does_not_block_the_run(unbroken, tmp_path):
     interrupted(tiny(tmp_path), 4)
     (tmp_path / "log.csv").write_text("")
