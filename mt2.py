@@ -1137,7 +1137,7 @@ def keep_memory():
     anew, page by page, in every step (measured: a demo step takes .86 of the time, one of paper size .89)."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # not every C library has it
-        mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take no memory from outside the heap
+        mallopt(-4, 0)            # M_MMAP_MAX: take no memory from outside the heap
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give none of it back
 
 

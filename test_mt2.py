@@ -969,7 +969,7 @@ def faults():  # of a step that takes and frees ten tensors of 16 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin
 usual = [faults() for _ in range(3)]
 mt2.keep_memory()
-print(min(usual), [faults() for _ in range(3)][-1])"""
+print(min(usual), [faults() for _ in range(6)][-1])"""
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc would adapt it, by what happened before
     done = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True, env=env)
     usual, kept = map(int, done.split())
