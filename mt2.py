@@ -780,6 +780,7 @@ class SyntheticMusic:
         names = [triad[0] + 12 * ((triad[1] - triad[0]) % 12 == 3) for _, _, _, triad in chords]
         beat = [int((frame * HOP / SAMPLE_RATE + early) / tick_s / TICKS) for frame in range(FRAMES)]
         first = round(t.silent * SAMPLE_RATE / HOP)  # frame that is not silent
+        # 24: none sounds
         chord = [24 if t.texture == "solo" or frame < first else names[b] for frame, b in enumerate(beat)]
         return wave, chord, heard(range(0, end, TICKS), BEATS), heard(sorted(begins), BEATS * TICKS)
 
