@@ -779,7 +779,7 @@ class SyntheticMusic:
         begins = {tick for line in lines for tick, _ in line}.union(range(0, end, 2) if t.drums else ())
         names = [triad[0] + 12 * ((triad[1] - triad[0]) % 12 == 3) for _, _, _, triad in chords]
         beat = [int((frame * HOP / SAMPLE_RATE + early) / tick_s / TICKS) for frame in range(FRAMES)]
-        first = round(t.silent * SAMPLE_RATE / HOP)  # frame that is not silent
+        first = round(t.silent * SAMPLE_RATE / HOP)  # the frame where sound begins
         # 24: none sounds
         chord = [24 if t.texture == "solo" or frame < first else names[b] for frame, b in enumerate(beat)]
         return wave, chord, heard(range(0, end, TICKS), BEATS), heard(sorted(begins), BEATS * TICKS)
@@ -1142,7 +1142,7 @@ def keep_memory():
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give none of it back
 
 
-def set_apart(worker):
+def own_process_group(worker):
     """A worker in a process group of its own, so that a signal to the run's group does not kill it."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -1158,7 +1158,7 @@ def music_stream(c, rank, device, chunk, last):
         keep_memory()
     stream = Stream(c, rank)
     return stream, iter(DataLoader(stream, batch_size=None, sampler=range(chunk, last), num_workers=workers,
-                                   worker_init_fn=set_apart))
+                                   worker_init_fn=own_process_group))
 
 
 def train(config):
@@ -1214,6 +1214,8 @@ def run(config, told):
         try:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+        except torch.OutOfMemoryError:  # the device is full, and the file is not to blame
+            raise
         except Exception as error:
             what = f"{out}/state.pt: does not fit its own config ({brief(error)}); name another folder"
             set_aside(out / "state.pt", what)

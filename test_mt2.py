@@ -264,7 +264,8 @@ def test_every_valid_model_has_its_shapes(tasks, inputs):
     assert (y is None) == ("eq" not in tasks) and (z is None) == ("con" not in tasks)
     assert y is None or y.shape == (3, 12) and y.min() >= 0 and torch.allclose(y.sum(1), torch.ones(3))
     assert z is None or z.shape == (3, 64)
-    for shape in ((64000,), (1, 64001), (1, 100), (1, 1, 64000)):
+    assert net(noise(1, 513)).tokens.isfinite().all()  # the shortest that the mel transform takes
+    for shape in ((64000,), (1, 64001), (1, 512), (1, 100), (1, 1, 64000)):
         with pytest.raises(ValueError, match="MT2 takes waves"):
             net(torch.zeros(shape))
 
@@ -906,6 +907,18 @@ def test_a_sound_state_is_not_set_aside_when_the_disk_fails(unbroken, tmp_path, 
         train(tiny(tmp_path))
     assert files_of(tmp_path) == before
     assert_equal_runs(train(tiny(tmp_path)), unbroken)
+
+
+def test_a_sound_state_is_not_set_aside_when_the_device_is_full(unbroken, tmp_path, monkeypatch):
+    interrupted(tiny(tmp_path), 4)
+    before = files_of(tmp_path)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tiny(tmp_path))
+    assert files_of(tmp_path) == before
 
 
 def test_broken_copies_of_a_model_load_or_are_refused_in_one_line(unbroken, tmp_path):
