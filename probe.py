@@ -351,7 +351,7 @@ def open_sound(path):
     import soundfile
     need(Path(path).is_file(), f"{path}: no such file")
     try:
-        return soundfile.SoundFile(str(path))
+        return soundfile.SoundFile(os.fsencode(path))  # a name need not be valid text
     except RuntimeError:
         raise ValueError(f"{path}: not a sound file that can be read; give wav, flac, ogg or mp3") from None
 
@@ -364,19 +364,33 @@ def cut(path):
             wave = file.read(int(LIMIT * file.samplerate), dtype="float32", always_2d=True).mean(1)
         except RuntimeError:
             raise ValueError(f"{path}: broken or cut short; replace or remove it") from None
-        need(len(wave) and np.isfinite(wave).all(), f"{path}: holds no sound, or NaN or infinity; remove it")
-        rate = 25 * round(file.samplerate / 25)  # as in mt2.AudioFolder
+        good = len(wave) and np.abs(wave).max() < 1e6  # 120 dB above full scale; NaN fails as well
+        need(good, f"{path}: holds no sound, or NaN, infinity or numbers beyond all sound; remove it")
+        rate = max(25, 25 * round(file.samplerate / 25))  # as in mt2.AudioFolder
         wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
         tqdm.write(f"{path}: shorter than {SECONDS:g} s, padded with silence", file=sys.stderr)
     count = max(1, math.ceil((len(wave) - SAMPLES // 4) / SAMPLES))
     return F.pad(wave, (0, SAMPLES))[:count * SAMPLES].view(count, SAMPLES)
 
+def sounds(files):
+    """(number, windows [n, 64000]) of each file that can be read; the others are named on stderr."""
+    for i, file in enumerate(files):
+        try:
+            waves = cut(file)
+        except ValueError as error:
+            tqdm.write(f"probe: {error}", file=sys.stderr)
+            continue
+        yield i, waves
+
 def read_files(files, frames=True):
     """Batches for `collect`, one per sound file."""
-    for i, file in enumerate(files):
-        waves = cut(file)
+    for i, waves in sounds(files):
         yield waves, torch.full((len(waves),), i), SECONDS * torch.arange(len(waves)), frames
+
+def none_lost(found, files):
+    """ValueError, and so an exit status, after all work is done, if only `found` of the files were read."""
+    need(found == len(files), f"{len(files) - found} of {len(files)} files were left out: see above")
 
 def parse(task, text, folder, seconds):
     """A manifest's cell, of a sound of so many seconds -> what the tasks call truth. ValueError."""
@@ -384,7 +398,8 @@ def parse(task, text, folder, seconds):
     kind = KINDS.get(task, "tags" if "|" in text else "class")
     if kind == "key":
         tonic, _, mode = text.replace(":", " ").lower().partition(" ")  # as in C:maj, f# minor
-        index = KEY_TO_SEMITONE.get(tonic), {"maj": 0, "min": 12}.get(mode.strip()[:3])
+        tonics = KEY_TO_SEMITONE | {"cb": 11, "fb": 4, "e#": 5, "b#": 0}  # which mir_eval leaves out
+        index = tonics.get(tonic), {"maj": 0, "min": 12}.get(mode.strip()[:3])
         need(None not in index, f"'{text}' is no key like C major or F# minor")
         return sum(index)
     if kind == "tempo":
@@ -403,7 +418,7 @@ def parse(task, text, folder, seconds):
         need(good, f"{path}: empty or not labels; a line starts with {width} rising time(s) in seconds")
         last = times.max()
         need(last < seconds + 0.5, f"{path}: a label at {last:.2f} s, but the sound ends at {seconds:.2f} s")
-        return (times, [chord_class(label) for label in labels]) if kind == "chord" else times[:, 0]
+        return (times, [chord_class(label) for label in labels]) if kind == "chord" else np.sort(times[:, 0])
     return {tag.strip() for tag in text.split("|") if tag.strip()} if kind == "tags" else text
 
 def manifest(path, tasks, seed=0, fit=True):
@@ -466,7 +481,10 @@ def collect(systems, batches, device):
         for name, read in systems.items():
             for readout, x in read(waves).items() if frames or not name[0].endswith(" attention") else ():
                 if frames or x.ndim == 3:
-                    found[name].setdefault(readout, []).append(x.cpu() if x.ndim == 3 else x.half().cpu())
+                    x = x if x.ndim == 3 else x.half()  # frames are many
+                    need(x.isfinite().all(), f"{name[0]}, {readout}: NaN, infinity or beyond half precision")
+                    found[name].setdefault(readout, []).append(x.cpu())
+    need(owner, "no sound could be read")
     found = {name: {r: torch.cat(x, 1) for r, x in features.items()} for name, features in found.items()}
     return found, torch.cat(owner), torch.cat(local), torch.cat(now) if now else None
 
@@ -474,7 +492,7 @@ def evaluate(x, task, part, device="cpu", mix=False):
     """Features x [G, windows, D] or [G, windows, frames, D] -> G scores {metric: value}, G held-out losses;
     of a mixture one of each, and its weights. Probabilities of windows are averaged per file. ValueError."""
     train, valid, test = part  # file numbers
-    if x.shape[-1] == 1:  # an onset curve speaks for itself
+    if x.ndim == 4 and x.shape[-1] == 1:  # an onset curve speaks for itself
         held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]
         return [task.score(p, test, valid) for p in x.float()], held, None
     frames = task.y.ndim == 3  # a frame task's targets are [windows, frames, C]
@@ -482,7 +500,7 @@ def evaluate(x, task, part, device="cpu", mix=False):
     owner, data = task.owner.repeat_interleave(len(y) // len(task.owner)), []
     for files in (train, valid):
         rows = (torch.isin(owner, files) & y.isfinite().all(-1)).nonzero()[:, 0]  # with a label
-        need(len(rows) > (files is train), "too little labelled sound in the training or the validation part")
+        need(len(rows) > (files is train), "too little labelled sound to train and validate; label more")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
         data += [flat[:, rows].float().to(device), y[rows].to(device)]
@@ -504,7 +522,7 @@ def study(found, tasks, parts, device, mix=False):
     runs, jobs = {}, [(name, task, *item) for name, task in tasks.items() for item in found.items()]
     for name, task, (system, seeds), features in tqdm(jobs, "probes", disable=None, leave=False):
         wanted = {r: x for r, x in features.items()
-                  if x.ndim == task.y.ndim + 1 and (x.shape[-1] > 1 or task.multi)}
+                  if x.ndim == task.y.ndim + 1 and (x.ndim == 3 or x.shape[-1] > 1 or task.multi)}
         for seed in seeds if wanted else ():
             train, valid, test = parts[name]
             train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
@@ -520,7 +538,7 @@ def study(found, tasks, parts, device, mix=False):
                     print(f"layers of {system} {r} for {name}:", *(f"{w:.2f}" for w in weights))
             for place, *run in zip(places, scores, losses):  # a run: scores and held-out loss of one seed
                 runs.setdefault((system, name, *place), []).append(run)
-    rows, number = [], lambda v: None if math.isnan(v) else round(float(v), 5)  # NaN is no JSON
+    rows, number = [], lambda v: round(float(v), 5) if math.isfinite(v) else None  # NaN is no JSON
     for (system, name, readout, layer), run in runs.items():
         for metric in run[0][0]:
             values, losses = zip(*((scores[metric], loss) for scores, loss in run))
@@ -571,12 +589,21 @@ def canvas(rows, columns, size, **how):
     figure = Figure(size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **how)
 
+def ready(path):
+    """Make the folder of a file that is to be written. ValueError, before the work, if it cannot be."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        good = os.access(folder, os.W_OK) and not Path(path).is_dir()
+    except OSError:
+        good = False
+    need(good, f"--out: {path} cannot be written; name another place")
+
 def write(path, content):
     """Bytes, text or a figure -> file, whole or not at all."""
     if hasattr(content, "savefig"):
         content.savefig(buffer := io.BytesIO(), format="png", dpi=110)
         content = buffer.getvalue()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.tmp").write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(f"{path}.tmp", path)  # whoever reads meanwhile sees the old file or the new one
     print(path)
@@ -674,7 +701,6 @@ def measure(models, others, args, device):
     """Probe models [(name, seeds, model)], which may only now be trained, and other systems, beside their
     references; print and write results."""
     out, asked, truth = Path(args.out), args.task.split(",") if args.task else [], {}
-    need(not out.exists() or out.is_dir(), f"--out {out}: is a file; name a folder")
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
         files, truth, parts = manifest(args.data, asked, args.seed)
@@ -686,6 +712,7 @@ def measure(models, others, args, device):
         need(not wrong, f"--task {wrong[:1]}: generated music has {', '.join(names)}; for others give --data")
         parts = dict.fromkeys(names, [torch.arange(a, b) for a, b in zip(edges, edges[1:])])
         batches, total = generated(truth), sum(COUNTS) // CHUNK
+    ready(out / "results.json")
     if models := list(models):
         torch.manual_seed(0)  # the untrained twin of the last model
         models = [*models, ("untrained", SEEDS, mt2.build(models[-1][2].config).to(device).eval())]
@@ -705,6 +732,8 @@ def measure(models, others, args, device):
     write(out / "results.json", json.dumps(results, indent=1))
     table(results)
     write(out / "layers.png", layers_figure(results))
+    if args.data:
+        none_lost(len(owner.unique()), files)
 
 def command_table(args):
     """Linear probes of runs or other encoders, beside their references."""
@@ -734,17 +763,20 @@ def command_ablation(args):
 
 def command_embed(args):
     """Every readout [layers, windows, dim] of 4 s windows, and their names and times [windows], as an npz."""
-    device, files = mt2.pick_device(args.device), tqdm(args.file, "files", disable=None, leave=False)
+    device, out = mt2.pick_device(args.device), args.out or "features.npz"
+    ready(out)
+    files = tqdm(args.file, "files", disable=None, leave=False)
     system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}
     found, owner, _, _ = collect(system, read_files(files, frames=False), device)
     times = torch.cat([SECONDS * torch.arange(n) for n in owner.bincount()])  # s at which windows start
     np.savez(buffer := io.BytesIO(), names=np.array(args.file)[owner], times=times, **found["", ()])
-    write(args.out or "features.npz", buffer.getvalue())
+    write(out, buffer.getvalue())
+    none_lost(len(owner.unique()), args.file)
 
 def command_key(args):
     """Key signatures of songs without labels: the phase of y at twelve crops, calibrated by generated music.
     With --data the songs of a manifest, and how many agree with its column `key`."""
-    device, away, broken = mt2.pick_device(args.device), [], 0
+    device, away, found = mt2.pick_device(args.device), [], 0
     crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
     need(bool(args.file) != bool(args.data), "key: name sound files, or a manifest with --data")
     files, truth, _ = manifest(args.data, ["key"], fit=False) if args.data else (args.file, {}, None)
@@ -754,14 +786,9 @@ def command_key(args):
     c_major = mt2.calibrate(model, device, crops)
     if args.csv:
         print("file,major,minor,confidence")
-    for i, file in enumerate(tqdm(files, "files", disable=None, leave=False)):
-        try:
-            waves = cut(file).to(device)
-        except ValueError as error:  # named at once; the others still get their keys
-            tqdm.write(f"probe: {error}", file=sys.stderr)
-            broken += 1
-            continue
-        phasor = mt2.key_phase(model, waves, crops)  # [crops, windows]
+    for i, waves in sounds(tqdm(files, "files", disable=None, leave=False)):
+        found, file = found + 1, str(files[i]).encode(errors="backslashreplace").decode()  # may be no text
+        phasor = mt2.key_phase(model, waves.to(device), crops)  # [crops, windows]
         tonic = int(mt2.key_signature(phasor.mean(), c_major))
         sure = phasor.sgn().mean().abs().item()  # 1 if all windows and crops agree
         major, minor = KEYS[tonic], KEYS[12 + (tonic + 9) % 12]
@@ -773,18 +800,19 @@ def command_key(args):
     if away:
         exact, fifth = (np.isin(away, near).mean() for near in ((0,), (0, 1, 11)))
         print(f"{exact:.3f} right, {fifth:.3f} within a fifth, of {len(away)} files", file=sys.stderr)
-    need(not broken, f"{broken} of {len(files)} files have no key here: see above")
+    none_lost(found, files)
 
 def command_figures(args):
     """Of a sound file: ssm.png (its first 32 s), attention.png (4 s) and circle.png (a minute; needs eq)."""
-    device = mt2.pick_device(args.device)
+    device, out = mt2.pick_device(args.device), Path(args.out or "figures")
+    ready(out / "ssm.png")
     model, waves = mt2.load(args.run, device), cut(*args.file)[:15].to(device)
     need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")
     with torch.no_grad():
         figures = dict(ssm=similarity_figure(model, waves[:8]), attention=attention_figure(model, waves[:1]))
         figures |= dict(circle=circle_figure(model, waves)) if "eq" in model.class_tokens else {}
         for name, figure in figures.items():
-            write(f"{args.out or 'figures'}/{name}.png", figure)
+            write(out / f"{name}.png", figure)
 
 FLAGS = {
     "run": dict(help="run folder or model.pt"), "file": dict(nargs="+", help="sound files"),

@@ -1360,6 +1360,50 @@ def test_a_bad_manifest_is_refused_and_nothing_is_written(small_run, capsys, nam
     assert said.startswith("probe: ") and expected in said and not out.exists()
 
 
+@pytest.mark.parametrize("command", ["", "embed", "figures"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(small_run, capsys, monkeypatch, command):
+    monkeypatch.setattr(probe, "collect", None)  # would fail
+    monkeypatch.setattr(probe, "cut", None)
+    (small_run / "file").write_text("precious")
+    words = [command, small_run / "run", small_run / "song0.wav"] if command else [small_run / "run"]
+    said = probe_main(capsys, *words, "--out", small_run / "file" / "below")
+    assert said.startswith("probe: --out") and (small_run / "file").read_text() == "precious"
+
+
+def test_a_file_cut_short_costs_only_itself_and_the_exit_status(small_run, capsys):
+    broken = small_run / "cut.flac"
+    soundfile.write(broken, noise(64000).numpy() / 9, 16000)
+    broken.write_bytes(broken.read_bytes()[:40000])
+    songs = small_run / "song0.wav", broken, small_run / "song1.wav"
+    said = probe_main(capsys, "embed", small_run / "run", *songs, "--out", small_run / "two.npz")
+    assert said == "probe: 1 of 3 files were left out: see above"
+    assert np.load(small_run / "two.npz")["names"].tolist() == [str(songs[i]) for i in (0, 0, 2, 2)]
+    rows = ["cut.flac,a,test"]
+    rows += [f"song{i}.wav,{'ab'[i % 2]},{'test' if i > 3 else 'train'}" for i in range(6)]
+    (small_run / "cut.csv").write_text("path,mood,split\n" + "\n".join(rows))
+    flags = "--data", small_run / "cut.csv", "--task", "mood", "--out", small_run / "lost"
+    assert probe_main(capsys, small_run / "run", *flags) == "probe: 1 of 7 files were left out: see above"
+    rows = json.loads((small_run / "lost" / "results.json").read_text())
+    assert {(r["n_train"], r["n_test"]) for r in rows} == {(4, 2)}
+
+
+def test_events_that_are_not_quite_in_order_are_sorted(tmp_path):
+    (tmp_path / "a.beats").write_text("0.5\n2.0\n1.9995\n3.0\n")
+    assert probe.parse("beats", "a.beats", tmp_path, 4).tolist() == [0.5, 1.9995, 2, 3]
+
+
+def test_an_encoder_gets_one_line_for_features_beyond_half_precision_and_probes_of_width_one(
+        small_run, short_probe, capsys, monkeypatch):
+    (small_run / "odd.py").write_text("loud = lambda wave: [1e8 * wave[:, :63488].unflatten(1, (-1, 512))]\n"
+                                      "one = lambda wave: [wave[:, ::512, None]]\n")
+    monkeypatch.syspath_prepend(small_run)
+    said = probe_main(capsys, "--encoder", "odd:loud", "--task", "chord", "--out", small_run / "odd")
+    assert "odd:loud, seq: NaN, infinity or beyond" in said
+    probe_main(capsys, "--encoder", "odd:one", "--task", "key,tags", "--out", small_run / "odd")
+    rows = json.loads((small_run / "odd" / "results.json").read_text())
+    assert {r["task"] for r in rows if r["encoder"] == "odd:one"} == {"key", "tags"}
+
+
 def test_an_undefined_validation_score_costs_no_result(small_run, capsys):
     lines = ["path,onsets,split"]
     for i, part in enumerate(("train", "train", "train", "valid", "test", "test")):
@@ -1483,11 +1527,15 @@ def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monk
 
 def test_key_names_a_broken_song_goes_on_and_ends_with_an_error(small_run, capsys):
     (small_run / "text.wav").write_text("no sound")
-    words = "key", small_run / "run", small_run / "song0.wav", small_run / "text.wav", small_run / "song1.wav"
-    with pytest.raises(SystemExit, match="1 of 3 files"):
-        probe.main(list(map(str, words)))
+    soundfile.write(small_run / "vast.wav", 1e24 * noise(64000).numpy(), 16000, "FLOAT")
+    odd = os.fsencode(small_run) + b"/caf\xe9.wav"  # a name that is no text
+    Path(os.fsdecode(odd)).write_bytes((small_run / "song1.wav").read_bytes())
+    songs = [small_run / name for name in ("song0.wav", "text.wav", "vast.wav")] + [os.fsdecode(odd)]
+    with pytest.raises(SystemExit, match="2 of 4 files"):
+        probe.main(list(map(str, ["key", small_run / "run", *songs])))
     said = capsys.readouterr()
-    assert "text.wav: not a sound file" in said.err and re.search("song0.wav\n.*song1.wav", said.out)
+    assert "text.wav: not a sound file" in said.err and "vast.wav: holds no sound, or NaN" in said.err
+    assert re.search(r"song0.wav\n.*caf\\udce9.wav", said.out)
 
 
 def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
