@@ -112,9 +112,15 @@ class Config:
         if "eq" in self.tasks and "vqt" not in self.inputs:
             raise ValueError(f"--tasks {','.join(self.tasks)}: eq needs vqt among --inputs, to be transposed")
         for field in dataclasses.fields(self):
-            (least, most), value = field.metadata["limits"], getattr(self, field.name)
+            kind, (least, most), given = field.type, field.metadata["limits"], getattr(self, field.name)
+            flag = "--" + field.name.replace("_", "-")
+            try:  # plain values alone, as no checkpoint may hold a Path or a number of numpy
+                setattr(self, field.name, value := kind(given))
+            except (TypeError, ValueError, OverflowError):
+                value = None
+            if value is None or kind is int and value != given:
+                raise ValueError(f"{flag} {given}: must be {kind.__name__}")
             if least is not None and not least <= value <= most:
-                flag = "--" + field.name.replace("_", "-")
                 raise ValueError(f"{flag} {value}: must lie between {least:g} and {most:g}")
         if self.pool < max(self.batch, self.fresh):
             raise ValueError(f"--pool {self.pool}: must hold --batch {self.batch} and --fresh {self.fresh}")
@@ -149,7 +155,7 @@ class VQT(nn.Module):
         length = 1 / (alpha * freq + gamma)  # of each window, in seconds
         # the mirror image beyond half the rate must miss the window's main lobe: this lengthens bin 98
         length = length.maximum(1 / (sample_rate / 2 - freq))
-        self.hops, rate = [], sample_rate  # of each octave, from the top down
+        self.hop, self.hops, rate = hop, [], sample_rate  # hops of each octave, from the top down
         for i in reversed(range(0, n_bins, bins_per_octave)):
             f, n = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]  # of one octave, [12]
             while f[-1] < rate / 16 and hop % 4 == 0:  # the octave stays below a quarter of the new rate
@@ -166,7 +172,7 @@ class VQT(nn.Module):
 
     def magnitude(self, wave):
         """Wave [B, T] -> linear magnitude [B, T // hop + 1, n_bins]; frames centred, zeros beyond."""
-        n_frames, now, octaves = wave.shape[-1] // self.hops[0] + 1, self.hops[0], []
+        n_frames, now, octaves = wave.shape[-1] // self.hop + 1, self.hop, []
         wave = F.pad(wave, (now, now))  # a hop on either side, for what the resampler's filter spreads
         for i, hop in enumerate(self.hops):
             while now > hop:  # to the rate of the next octave
@@ -542,7 +548,7 @@ class NTXent(torch.autograd.Function):
 
 
 def nt_xent(a, b, temperature=0.1):
-    """NT-Xent (SimCLR): a, b [B, P] at any scale, row i of both from one track -> scalar.
+    """NT-Xent (SimCLR): a, b [B, P] at any scale up to 1e18, row i of both from one track -> scalar.
 
     l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over all 2B rows; under
     torch.distributed over those of all processes, with gradients exact once they are averaged. 0-rows count
@@ -1093,24 +1099,38 @@ def resume(config, out):
     for name in (f.name for f in dataclasses.fields(Config)):
         mine, other = getattr(config, name), getattr(theirs, name)
         if name in ("data", "init"):
-            mine, other = os.path.normpath(mine), os.path.normpath(other)  # music/ is music
+            mine, other = (x and os.path.normpath(x) for x in (mine, other))  # music/ is music
         if mine != other and name not in ("out", "device", "workers", "save_every"):  # may differ
             what = f"{name} = {other}, not {mine}"
             raise ValueError(f"--out {out}: holds a run with {what}; name another folder")
     return state
 
 
+def lock(file):
+    """The open file, which no other process can lock until it is closed. ValueError if another has it."""
+    with contextlib.suppress(ImportError, OSError):  # Windows, or a disk without locks
+        import fcntl
+        try:
+            # it ends with the process, however that ends; workers do not inherit it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{file.name}: another run is writing here; name another --out") from None
+    return file
+
+
 def open_log(path, columns, last_step):
-    """A CSV to append to, cut back to whole rows up to last_step: never a gap, a repeat or half a line."""
-    text = path.read_text() if path.exists() else ""  # may be empty after a power cut
-    header, *rows = text.splitlines() or [",".join(columns)]
+    """A CSV to append to, cut back to whole rows up to last_step: never a gap, a repeat or half a line.
+
+    It stays locked: two runs at once in one folder would spoil each other's saves."""
+    with lock(open(path, "a")):
+        header, *rows = path.read_text().splitlines() or [",".join(columns)]  # new, or empty by a power cut
     if header != ",".join(columns):
         raise ValueError(f"{path}: not a log of mt2; name another --out")
     rows = [row.split(",") for row in rows]
     rows = [r for r in rows if len(r) == len(columns) and r[0].isdigit() and int(r[0]) <= last_step]
     path.with_suffix(".tmp").write_text("\n".join(",".join(row) for row in (columns, *rows)) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
-    return open(path, "a", buffering=1)  # a whole line at a time
+    return lock(open(path, "a", buffering=1))  # a whole line at a time
 
 
 def pick_device(name):
@@ -1183,11 +1203,15 @@ def run(config, told):
     """The loop behind `train`; `told` fills with the signals that ask it to stop."""
     # device, processes, run folder
     c, device, out = config, pick_device(config.device), Path(config.out)
+    if device.type == "mps" and (c.temperature < 0.025 or "RANK" in os.environ):
+        raise ValueError("--device mps: has neither float64, for --temperature, nor torchrun; use cpu")
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
     state = resume(c, out)
     done = state["step"] if state else 0
+    if len(set(gather(torch.tensor([done], device=device)).tolist())) > 1:
+        raise ValueError(f"--out {out}: processes see different saves; name a folder that all machines share")
     if done >= c.steps:
         times = [p.stat().st_mtime_ns if p.exists() else 0 for p in (out / "model.pt", out / "state.pt")]
         if rank == 0 and times[0] < times[1]:  # killed between its last two saves
@@ -1251,13 +1275,12 @@ def run(config, told):
             pool = pool or [torch.zeros(slots, *x.shape, dtype=x.dtype, device=device) for x in fresh]
             for ring, x in zip(pool, fresh):
                 ring[chunk % slots] = x.to(device)
-            if found.keys() - skipped.keys():
-                first = "; ".join(f"{file} ({why})" for file, why in list(found.items())[:3])
-                named, skipped = "and more" if skipped else first, skipped | found
+            if new := [f"{file} ({why})" for file, why in found.items() if file not in skipped]:
+                named, skipped = "; ".join(new[:3]) if len(skipped) < 3 else "and more", skipped | found
                 bar.write(f"skipped {len(skipped)} files that cannot be used: {named}")
             chunk += 1
         g = stream.generator(step)
-        pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # no track twice
+        pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # none twice
         statistics = [b.clone() for b in model.buffers()]  # `center` and BatchNorm move them in forward
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g)
 

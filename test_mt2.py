@@ -198,6 +198,12 @@ def test_a_tone_hits_its_bin_and_reads_its_amplitude_in_every_bin():
     assert_close(level.diagonal(), torch.full((99,), 0.3), rtol=0.03, atol=0)
 
 
+@pytest.mark.parametrize("n_bins", [12, 48, 60, 72])  # the top octave at a quarter or a 16th of the rate
+def test_a_vqt_of_few_bins_has_the_same_frames_and_bins(n_bins):
+    few = VQT(n_bins=n_bins).magnitude(tone(SEMITONES[:n_bins]))
+    assert few.shape == (n_bins, 126, n_bins) and (few[:, 63].argmax(1) == torch.arange(n_bins)).all()
+
+
 @pytest.mark.parametrize("frame, j", [(63, 0), (0, 30), (125, 40), (70, 59), (63, 60), (40, 98)])
 def test_vqt_equals_a_direct_correlation_in_float64(frame, j):
     hertz = float(SEMITONES[j])
@@ -818,6 +824,35 @@ def test_a_signal_to_the_whole_process_group_saves_and_ends_the_run(songs, tmp_p
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == len(log_of(log.parent))
 
 
+def test_a_folder_where_another_run_is_at_work_is_refused(tmp_path):
+    log = str(tmp_path / "log.csv")
+    hold = f"import fcntl, sys; f = open({log!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    other = subprocess.Popen([sys.executable, "-c", hold + "print(flush=True); sys.stdin.read()"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="another run is writing here"):
+        train(tiny(tmp_path, tasks="con"))
+    other.kill()  # however it ends
+    other.communicate()
+    assert len(log_of(train(tiny(tmp_path, tasks="con")))) == tiny().steps
+
+
+def test_processes_that_see_different_saves_do_not_train(tmp_path, monkeypatch):
+    monkeypatch.setattr(mt2, "gather", lambda done: torch.cat([done, done + 3]))  # as with a disk each
+    with pytest.raises(ValueError, match="folder that all machines share"):
+        train(tiny(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_holds_plain_values_which_a_checkpoint_may_hold(tmp_path):
+    config = Config(out=tmp_path, init=Path("x"), lr=np.float32(1e-3), batch=np.int64(4), tasks=["eq", "con"])
+    kinds = {f.name: f.type for f in dataclasses.fields(Config)}
+    assert all(type(value) is kinds[name] for name, value in dataclasses.asdict(config).items())
+    for odd in (dict(frames=5.5), dict(steps="5"), dict(lr="fast"), dict(steps=math.inf), dict(seed=None)):
+        with pytest.raises(ValueError, match=f"--{[*odd][0]} .*must be (int|float)"):
+            Config(**odd)
+
+
 def test_somebody_elses_log_is_refused_and_untouched(tmp_path):
     (tmp_path / "log.csv").write_text("my,own\n1,2\n")
     with pytest.raises(ValueError, match="log.csv: not a log of mt2"):
@@ -843,7 +878,8 @@ def test_init_from_a_model_of_another_shape_is_refused(heads, dim, unbroken, tmp
         train(tiny(tmp_path, init=str(unbroken), heads=heads, dim=dim))
 
 
-@pytest.mark.parametrize("name, other", [("lr", 0.5), ("steps", 9), ("dim", 48), ("tasks", "eq")])
+@pytest.mark.parametrize("name, other", [("lr", 0.5), ("steps", 9), ("dim", 48), ("tasks", "eq"),
+                                         ("data", ".")])
 def test_a_folder_with_another_run_is_refused_with_both_values_and_untouched(name, other, unbroken):
     before, theirs, mine = files_of(unbroken), getattr(tiny(), name), getattr(tiny(**{name: other}), name)
     with pytest.raises(ValueError, match=name) as error:
