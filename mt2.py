@@ -1280,7 +1280,7 @@ def run(config, told):
                 bar.write(f"skipped {len(skipped)} files that cannot be used: {named}")
             chunk += 1
         g = stream.generator(step)
-        pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # none twice
+        pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # no repeats
         statistics = [b.clone() for b in model.buffers()]  # `center` and BatchNorm move them in forward
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g)
 

@@ -198,7 +198,7 @@ def test_a_tone_hits_its_bin_and_reads_its_amplitude_in_every_bin():
     assert_close(level.diagonal(), torch.full((99,), 0.3), rtol=0.03, atol=0)
 
 
-@pytest.mark.parametrize("n_bins", [12, 48, 60, 72])  # the top octave at a quarter or a 16th of the rate
+@pytest.mark.parametrize("n_bins", [12, 48, 60, 72])  # their top octaves lie at different rates
 def test_a_vqt_of_few_bins_has_the_same_frames_and_bins(n_bins):
     few = VQT(n_bins=n_bins).magnitude(tone(SEMITONES[:n_bins]))
     assert few.shape == (n_bins, 126, n_bins) and (few[:, 63].argmax(1) == torch.arange(n_bins)).all()
@@ -782,7 +782,9 @@ def test_seeds_and_ranks_draw_other_segments_of_a_folder_and_other_views(songs):
 def test_a_run_on_a_folder_that_died_goes_on_as_if_unbroken_with_or_without_workers(songs, tmp_path, capsys):
     settings = dict(data=str(songs), easy=0, tasks="con")
     whole = train(tiny(tmp_path / "whole", workers=0, **settings))
-    assert re.search(r"skipped \d.*(nan.wav|silent.wav|text.ogg)", "".join(capsys.readouterr()))
+    said = "".join(capsys.readouterr())
+    assert re.search(r"skipped \d.*(nan.wav|silent.wav|text.ogg)", said)
+    assert all(name in said for name in ("nan.wav", "silent.wav", "text.ogg"))  # not the first alone
     for workers in (0, 2):
         config = tiny(tmp_path / str(workers), workers=workers, **settings)
         interrupted(config, 6)
@@ -835,6 +837,14 @@ def test_a_folder_where_another_run_is_at_work_is_refused(tmp_path):
     other.kill()  # however it ends
     other.communicate()
     assert len(log_of(train(tiny(tmp_path, tasks="con")))) == tiny().steps
+
+
+@pytest.mark.parametrize("more, rank", [(dict(temperature=0.02), None), ({}, "0")])
+def test_mps_is_refused_where_it_lacks_float64_or_torchrun(more, rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(mt2, "pick_device", lambda name: torch.device("mps"))
+    monkeypatch.setenv("RANK", rank) if rank else None
+    with pytest.raises(ValueError, match="--device mps"):
+        train(tiny(tmp_path / "run", **more))
 
 
 def test_processes_that_see_different_saves_do_not_train(tmp_path, monkeypatch):
@@ -1413,6 +1423,7 @@ def test_a_file_cut_short_costs_only_itself_and_the_exit_status(small_run, capsy
     songs = small_run / "song0.wav", broken, small_run / "song1.wav"
     said = probe_main(capsys, "embed", small_run / "run", *songs, "--out", small_run / "two.npz")
     assert said == "probe: 1 of 3 files were left out: see above"
+    assert probe_main(capsys, "embed", small_run / "run", broken) == "probe: no sound could be read"
     assert np.load(small_run / "two.npz")["names"].tolist() == [str(songs[i]) for i in (0, 0, 2, 2)]
     rows = ["cut.flac,a,test"]
     rows += [f"song{i}.wav,{'ab'[i % 2]},{'test' if i > 3 else 'train'}" for i in range(6)]
@@ -1421,6 +1432,11 @@ def test_a_file_cut_short_costs_only_itself_and_the_exit_status(small_run, capsy
     assert probe_main(capsys, small_run / "run", *flags) == "probe: 1 of 7 files were left out: see above"
     rows = json.loads((small_run / "lost" / "results.json").read_text())
     assert {(r["n_train"], r["n_test"]) for r in rows} == {(4, 2)}
+
+
+@pytest.mark.parametrize("text, key", [("C major", 0), ("f# minor", 18), ("Cb:maj", 11), ("E# minor", 17)])
+def test_a_key_may_be_spelt_in_any_way(text, key, tmp_path):
+    assert probe.parse("key", text, tmp_path, 4) == key
 
 
 def test_events_that_are_not_quite_in_order_are_sorted(tmp_path):
