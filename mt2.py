@@ -156,6 +156,7 @@ class VQT(nn.Module):
         # the mirror image beyond half the rate must miss the window's main lobe: this lengthens bin 98
         length = length.maximum(1 / (sample_rate / 2 - freq))
         self.hop, self.hops, rate = hop, [], sample_rate  # hops of each octave, from the top down
+        self.margin = 0  # hops on either side of the wave: the widest window, and what the resampler spreads
         for i in reversed(range(0, n_bins, bins_per_octave)):
             f, n = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]  # of one octave, [12]
             while f[-1] < rate / 16 and hop % 4 == 0:  # the octave stays below a quarter of the new rate
@@ -169,18 +170,18 @@ class VQT(nn.Module):
             # buffers move with the model; not persistent: no checkpoint carries what is computed anyway
             self.register_buffer(f"kernel{len(self.hops)}", kernel, persistent=False)
             self.hops.append(hop)
+            self.margin = max(self.margin, half // hop + 2)
 
     def magnitude(self, wave):
         """Wave [B, T] -> linear magnitude [B, T // hop + 1, n_bins]; frames centred, zeros beyond."""
         n_frames, now, octaves = wave.shape[-1] // self.hop + 1, self.hop, []
-        wave = F.pad(wave, (now, now))  # a hop on either side, for what the resampler's filter spreads
+        wave = F.pad(wave, (self.margin * now, (self.margin + 1) * now))  # once, for all octaves
         for i, hop in enumerate(self.hops):
             while now > hop:  # to the rate of the next octave
                 wave, now = torchaudio.functional.resample(wave, 4, 1), now // 4
             kernel = self.get_buffer(f"kernel{i}")
-            reach = len(kernel) // 2
-            # a view, not a copy: [B, F, window]
-            windows = F.pad(wave, (reach - hop, reach)).unfold(-1, len(kernel), hop)[:, :n_frames]
+            start = self.margin * hop - len(kernel) // 2  # of the first frame's window
+            windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
             real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, 12] each
             octaves.insert(0, (real.square() + imag.square()).sqrt())
         return torch.cat(octaves, dim=-1)
@@ -202,13 +203,16 @@ class FrontEnd(nn.Module):
         self.vqt = VQT(SAMPLE_RATE, HOP, n_bins=N_BINS)
         with warnings.catch_warnings():  # 128 bands of 1024 points leave some bass bands empty: as published
             warnings.simplefilter("ignore")
-            self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, 1024, hop_length=HOP, n_mels=N_MELS)
+            self.mel = torchaudio.transforms.MelScale(N_MELS, SAMPLE_RATE, n_stft=513)
+        self.spectrum = torchaudio.transforms.Spectrogram(1024, hop_length=HOP, power=None)  # complex
 
     @torch.no_grad()
     def forward(self, wave):
         """Wave [B, T] -> mel dB [B, F, 128] and VQT dB [B, F, 99]; 0 dB is about a full-scale sine."""
         with torch.autocast(wave.device.type, enabled=False):
-            power = self.mel(wave).transpose(1, 2) / 256 ** 2  # 256: half of the Hann window's sum
+            x = self.spectrum(wave)  # [B, 513, F]; power=2 takes an absolute value, a third of the work
+            power = self.mel(x.real.square() + x.imag.square()) / 256 ** 2  # half of the Hann window's sum
+            power = power.transpose(1, 2)
             return 10 * power.clamp_min(1e-16).log10(), self.vqt.decibels(wave)
 
 
@@ -322,16 +326,16 @@ class MT2(nn.Module):
         """Whether there is a mel branch to hide from the equivariant token."""
         return bool(self.config.hide_mel) and "eq" in self.config.tasks and "mel" in self.config.inputs
 
-    def encode(self, mel, vqt, mel_on=None, frames=None, cls_only=False):
+    def encode(self, mel, vqt, frames=None, cls_only=False):
         """Features in [0, 1], mel [B, F, 128] and vqt [B, F, 84] -> depth + 1 layers, each [B, n_cls + F, D].
 
-        Layer 0 is the input of the blocks; the final norm is on the last. mel_on [B] of 0 and 1 hides the mel
-        branch of single clips; frames [F] are the frames' places among the 126. cls_only: the last layer is
-        [B, n_cls, D]; losses read no more of it (measured: a demo step takes .63 to .80 of the time)."""
+        Layer 0 is the input of the blocks; the final norm is on the last. Where mel has fewer clips than vqt
+        they are the last ones; the others have their mel branch hidden. frames [F] are the frames' places
+        among the 126. cls_only: the last layer is [B, n_cls, D]; losses read no more of it (measured: a demo
+        step takes .63 to .80 of the time)."""
         n_cls, branch = len(self.class_tokens), {}  # each branch [B, F, D]
         if "mel" in self.config.inputs:
-            shown = 1 if mel_on is None else mel_on[:, None, None]
-            branch["mel"] = self.patch_mel(mel) * shown
+            branch["mel"] = F.pad(self.patch_mel(mel), (0, 0, 0, 0, len(vqt) - len(mel), 0))  # hidden: zeros
         if "vqt" in self.config.inputs:
             branch["vqt"] = self.patch_vqt(vqt)
         own = {"eq": branch.get("vqt"), "con": branch.get("mel", branch.get("vqt"))}  # con without mel: VQT
@@ -387,7 +391,7 @@ class MT2(nn.Module):
         vqt = crop(vqt, offset.expand(len(wave)))
         if not self.hides_mel:
             return torch.stack(self.encode(mel, vqt))
-        blind = torch.stack(self.encode(mel, vqt, torch.zeros(len(wave), device=wave.device)))
+        blind = torch.stack(self.encode(mel[:0], vqt))
         if "con" not in self.class_tokens:  # mel was never shown
             return blind
         x, n = torch.stack(self.encode(mel, vqt)), len(self.class_tokens)
@@ -396,9 +400,9 @@ class MT2(nn.Module):
     def pitch(self, wave, offsets=(N_OFFSETS // 2,)):
         """y alone at several crops, with one front end for all: wave [B, T] -> [len(offsets), B, 12]."""
         (mel, vqt), y = self.features(wave), []
-        mel_on = torch.zeros(len(wave), device=wave.device) if self.hides_mel else None
+        mel = mel[:0] if self.hides_mel else mel
         for offset in torch.tensor(offsets, device=wave.device)[:, None].expand(-1, len(wave)):
-            token = self.encode(mel, crop(vqt, offset), mel_on, cls_only=True)[-1][:, 0]
+            token = self.encode(mel, crop(vqt, offset), cls_only=True)[-1][:, 0]
             y.append(self.center(self.logits(token), offset).softmax(-1))
         return torch.stack(y)
 
@@ -654,9 +658,10 @@ class SyntheticMusic:
         waves, *local = zip(*(self.segment(rng, t) for t in tracks for _ in range(2)))  # A, then B
         waves = torch.from_numpy(np.stack(waves)).unflatten(0, (n, 2))
         each = lambda f: torch.tensor([f(t) for t in tracks])  # [n]
-        echo = each(lambda t: t.wet)[:, None] * self.rooms[each(lambda t: t.room)]  # [n, 32001]
-        # circular: the tail sounds as if the piece had begun before
-        waves = torch.fft.irfft(torch.fft.rfft(waves) * (1 + echo[:, None]), SAMPLES)
+        for i, t in enumerate(tracks):
+            if t.wet:  # in a room; circular: the tail sounds as if the piece had begun before
+                spectrum = torch.fft.rfft(waves[i]) * (1 + t.wet * self.rooms[t.room])  # [2, 32001]
+                waves[i] = torch.fft.irfft(spectrum, SAMPLES)
         loudest = waves.abs().amax(2, keepdim=True).clamp_min(1e-6)
         waves = waves / loudest * each(lambda t: t.level)[:, None, None]
         labels = dict(key=each(lambda t: t.tonic + 12 * t.minor), tempo=each(lambda t: t.tempo),
@@ -757,7 +762,7 @@ class SyntheticMusic:
                 start = int(tick * tick_s * SAMPLE_RATE)
                 n = int((following - tick) * tick_s * t.legato * SAMPLE_RATE) + RELEASE
                 hz = 440 * 2 ** ((pitch + t.detune - 69) / 12)
-                at = (phase[:n] * (hz * TABLE / CYCLES)).astype(np.int32) & (TABLE - 1)
+                at = (phase[:n] * (hz * TABLE / CYCLES)).astype(int) & (TABLE - 1)
                 tone = sum(table[at] * envelope[:n] for table, envelope in zip(t.tables[player], envelopes))
                 tone[-RELEASE:] *= fade
                 wave[start:start + n] += t.gains[player] * math.exp(-t.dynamics * rng.random()) * tone
@@ -1006,13 +1011,13 @@ def losses(model, batch, g):
     segments = [segment for task in c.tasks for segment in {"eq": (0, 1, 0), "con": (0, 1)}[task]]
     n = 3 * B if "eq" in c.tasks else 0  # views for the equivariant token, which comes first
     frames = torch.randperm(FRAMES, generator=g)[:c.frames].sort().values.to(dev)  # the same of all views
-    mel, vqt = (torch.cat([x[:, s][:, frames] for s in segments]).float() for x in batch)  # [5B, F, bins]
-    for_eq = torch.arange(len(mel), device=dev) < n
-    eq_db = for_eq[:, None, None] * random_eq(len(mel), c.eq_db, g).to(dev)  # [5B, 1, 99]
-    offset = torch.randint(N_OFFSETS, (len(mel),), generator=g).to(dev)
-    mel, vqt = unit_range(mel), crop(unit_range(vqt + eq_db), offset)  # [5B, F, 128], [5B, F, 84]
+    mel, vqt = (x[:, :, frames][:, segments].transpose(0, 1).flatten(0, 1).float() for x in batch)
+    mel = mel[n:] if model.hides_mel else mel  # [2B, F, 128]
+    vqt[:n] += random_eq(n, c.eq_db, g).to(dev)  # [5B, F, 99]
+    offset = torch.randint(N_OFFSETS, (len(vqt),), generator=g).to(dev)
+    mel, vqt = unit_range(mel), crop(unit_range(vqt), offset)  # in [0, 1], [2B, F, 128] and [5B, F, 84]
     with autocast(dev):
-        cls = model.encode(mel, vqt, ~for_eq if model.hides_mel else None, frames, cls_only=True)[-1]
+        cls = model.encode(mel, vqt, frames, cls_only=True)[-1]
     cls, terms = dict(zip(c.tasks, cls.float().unbind(1))), {}  # each token [5B, D]
     if "con" in cls:
         terms["nt_xent"] = nt_xent(*model.head_con(cls["con"][n:]).chunk(2), c.temperature)
