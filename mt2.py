@@ -203,16 +203,16 @@ class FrontEnd(nn.Module):
         self.vqt = VQT(SAMPLE_RATE, HOP, n_bins=N_BINS)
         with warnings.catch_warnings():  # 128 bands of 1024 points leave some bass bands empty: as published
             warnings.simplefilter("ignore")
-            self.mel = torchaudio.transforms.MelScale(N_MELS, SAMPLE_RATE, n_stft=513)
-        self.spectrum = torchaudio.transforms.Spectrogram(1024, hop_length=HOP, power=None)  # complex
+            self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, 1024, hop_length=HOP, n_mels=N_MELS,
+                                                            power=None)  # a complex spectrum
 
     @torch.no_grad()
     def forward(self, wave):
         """Wave [B, T] -> mel dB [B, F, 128] and VQT dB [B, F, 99]; 0 dB is about a full-scale sine."""
         with torch.autocast(wave.device.type, enabled=False):
-            x = self.spectrum(wave)  # [B, 513, F]; power=2 takes an absolute value, a third of the work
-            power = self.mel(x.real.square() + x.imag.square()) / 256 ** 2  # half of the Hann window's sum
-            power = power.transpose(1, 2)
+            x = self.mel.spectrogram(wave)  # [B, 513, F]; power=2 would take half as long again (measured)
+            power = self.mel.mel_scale(x.real.square() + x.imag.square()).transpose(1, 2)
+            power = power / 256 ** 2  # 256: half of the Hann window's sum
             return 10 * power.clamp_min(1e-16).log10(), self.vqt.decibels(wave)
 
 

@@ -1620,6 +1620,15 @@ PIECES = {  # how a copied piece is used
     "SyntheticMusic": lambda copy: copy["SyntheticMusic"](0).batch(1, 0)[0].shape == (1, 2, 64000)}
 
 
+@pytest.mark.parametrize("file", ["mt2.py", "probe.py", "test_mt2.py"])
+def test_the_file_table_of_the_readme_counts_and_points_right(file):
+    lines = (HERE / file).read_text().splitlines()
+    _, count, what = re.search(rf"\| (`{file}`) \| (\d+) \| (.*) \|", README).groups()
+    assert len(lines) == int(count), len(lines)
+    for place in re.findall(r"[^,]+ (\d+)", what):
+        assert lines[int(place) - 1].startswith(("# ----", "class ")), place
+
+
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_piece_works_alone_when_copied_as_the_readme_says(piece):
     line = next(line for line in README.splitlines() if line.startswith(f"| `{piece}` |"))
@@ -1827,7 +1836,12 @@ def benchmark_step(device):
                 mt2.nt_xent, mt2.cpsd = lambda a, b, t: lightly.NTXentLoss(t)(a, b), complex_cpsd
                 other()
                 mt2.nt_xent, mt2.cpsd = kept
-            steps["the same from others' parts"] = theirs
+
+            def as_they_come(kept=mt2.autocast):  # float32, as nothing in those parts asks for less
+                mt2.autocast = lambda device: torch.autocast(device.type, enabled=False)
+                theirs()
+                mt2.autocast = kept
+            steps |= {"from others' parts, our autocast": theirs, "from others' parts, float32": as_they_come}
         with FlopCounterMode(display=False) as counter:
             ours()
         medians = race(f"training step, {size}, batch {batch}, {fresh} fresh tracks", steps, repeats=5)
