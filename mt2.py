@@ -177,13 +177,15 @@ class VQT(nn.Module):
         n_frames, now, octaves = wave.shape[-1] // self.hop + 1, self.hop, []
         wave = F.pad(wave, (self.margin * now, (self.margin + 1) * now))  # once, for all octaves
         for i, hop in enumerate(self.hops):
-            while now > hop:  # to the rate of the next octave
-                wave, now = torchaudio.functional.resample(wave, 4, 1), now // 4
             kernel = self.get_buffer(f"kernel{i}")
             start = self.margin * hop - len(kernel) // 2  # of the first frame's window
-            windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
-            real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, 12] each
-            octaves.insert(0, (real.square() + imag.square()).sqrt())
+            with torch.autocast(wave.device.type, enabled=False):  # in bf16 it would be off by up to 7 dB
+                while now > hop:  # to the rate of the octave
+                    wave, now = torchaudio.functional.resample(wave, 4, 1), now // 4
+                windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
+                real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, 12] each
+            power = real.square() + imag.square()
+            octaves.insert(0, power.clamp_min(1e-30).sqrt())  # at 0 the root has no gradient
         return torch.cat(octaves, dim=-1)
 
     def decibels(self, wave):
@@ -353,9 +355,10 @@ class MT2(nn.Module):
         """Equivariant token [B, D] -> [B, 12]: 84 bins, averaged over seven octaves."""
         return self.head_eq(token).float().view(-1, 7, 12).mean(1)
 
-    def center(self, logits, offset):
+    def center(self, logits, offset, batch=False):
         """Logits [B, 12] minus the mean logits of all clips at the same crop offset, divided by twice each
-        clip's own root mean square (ours).
+        clip's own root mean square (ours). batch: the mean over this batch, as the loss takes it, which also
+        moves the running mean; else the running mean, so that no clip depends on another.
 
         The mean: over many songs no key is preferred at any crop. Without it CPSD is solved by reading the
         offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead of .90).
@@ -364,7 +367,7 @@ class MT2(nn.Module):
         three times: .68). Own: with the batch's an hour of training gave up on what it could not tell, to be
         surer of the rest (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
         mean = self.offset_mean
-        if self.training:
+        if batch:
             same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
             total, count = all_sum(same.T @ logits), all_sum(same.sum(0))[:, None]
             mean = total / count.clamp_min(1)  # [16, 12]
@@ -387,7 +390,7 @@ class MT2(nn.Module):
         with both branches. Sequence tokens are the mean of both passes (ours; measured, one run: a chord
         probe reads .77 from it, .67 from the pass with mel)."""
         mel, vqt = self.features(wave)
-        offset = torch.as_tensor(N_OFFSETS // 2 if offset is None else offset, device=wave.device)
+        offset = torch.as_tensor(N_OFFSETS // 2 if offset is None else offset, device=wave.device).long()
         vqt = crop(vqt, offset.expand(len(wave)))
         if not self.hides_mel:
             return torch.stack(self.encode(mel, vqt))
@@ -408,7 +411,7 @@ class MT2(nn.Module):
 
     def forward(self, wave, offset=None):
         """Wave [B, T] -> Output(y, z, tokens); offset of the crop 0..15: int or [B], None: the middle."""
-        offset = torch.as_tensor(N_OFFSETS // 2 if offset is None else offset, device=wave.device)
+        offset = torch.as_tensor(N_OFFSETS // 2 if offset is None else offset, device=wave.device).long()
         tokens = self.layers(wave, offset)[-1]
         cls, y, z = dict(zip(self.class_tokens, tokens.unbind(1))), None, None
         if "eq" in cls:
@@ -534,8 +537,9 @@ class NTXent(torch.autograd.Function):
         return e
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # else a second derivative would silently be 0
+            raise RuntimeError("nt_xent has a first derivative only: no create_graph")
         z, scale, columns, total, totals = ctx.saved_tensors
         n, block, inverse, inverses = len(z), ctx.block, 1 / total, 1 / totals
         dz = -2 * z.roll(n // 2, 0)  # Y + Y^T
@@ -556,7 +560,9 @@ def nt_xent(a, b, temperature=0.1):
 
     l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over all 2B rows; under
     torch.distributed over those of all processes, with gradients exact once they are averaged. 0-rows count
-    as orthogonal to all. Identical embeddings give log(2B - 1)."""
+    as orthogonal to all. Identical embeddings give log(2B - 1). ValueError for a and b of unlike shapes."""
+    if a.ndim != 2 or a.shape != b.shape:
+        raise ValueError(f"nt_xent: a {list(a.shape)} and b {list(b.shape)} must both be [B, P]")
     with torch.autocast(a.device.type, enabled=False):  # exp(s / t) would magnify bf16's error tenfold
         z = torch.cat([a, b])
         z = z.float() if z.element_size() < 4 else z
@@ -577,10 +583,12 @@ def cpsd(y_a, y_b, k, omega=7):
 
     y_a, y_b [B, 12] probabilities; k int or [B]: b looks k semitones higher than a. 0 if b is a rolled by k
     and both are one-hot, 1 if one is uniform. In real arithmetic, so that it compiles; in float32."""
-    y = torch.stack([y_a, y_b])
+    y, k = torch.stack([y_a, y_b]), torch.as_tensor(k, device=y_a.device)
+    if k.ndim and k.shape != y_a.shape[:1]:  # [B, 1] would compare all with all
+        raise ValueError(f"cpsd: k {list(k.shape)} must be one number or [{len(y_a)}]")
     y = y.float() if y.element_size() < 4 else y
     (a_re, b_re), (a_im, b_im) = phase(y, omega).unbind(-1)  # [2, B] each
-    angle = 2 * math.pi * omega / 12 * torch.as_tensor(k, device=y.device).to(y.dtype)
+    angle = 2 * math.pi * omega / 12 * k.to(y.dtype)
     re, im = a_re * b_re + a_im * b_im, a_im * b_re - a_re * b_im  # yhat_a conj(yhat_b)
     return ((angle.cos() - re).square() + (angle.sin() - im).square()).mean()
 
@@ -807,7 +815,7 @@ class AudioFolder(Dataset):
     SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
     def __init__(self, root, seconds=SECONDS, gap=30.0):
-        self.root, self.seconds, self.gap, self.skipped = Path(root), seconds, gap, {}
+        self.root, self.seconds, self.gap, self.skipped, self.closed = Path(root), seconds, gap, {}, {}
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give a folder of wav, flac, ogg or mp3 files")
         self.files, seen = [], set()
@@ -846,7 +854,14 @@ class AudioFolder(Dataset):
         import soundfile  # here, so that generated music needs no decoder
         if not os.path.isfile(file):
             raise ValueError("not a file, or gone")
-        with soundfile.SoundFile(os.fsencode(file)) as sound:
+        if file in self.closed:  # tried once: about a bad mp3 libsndfile prints pages, each time
+            raise ValueError(self.closed[file])
+        try:
+            sound = soundfile.SoundFile(os.fsencode(file))
+        except RuntimeError as error:
+            self.closed[file] = str(error)
+            raise
+        with sound:
             rate, length = sound.samplerate, round(self.seconds * sound.samplerate)
             room = sound.frames - length  # places where a segment can start
             if room < 0:
@@ -859,8 +874,8 @@ class AudioFolder(Dataset):
         if min(map(len, segments)) < length:
             raise ValueError("ends before its header says")
         waves = torch.from_numpy(np.stack(segments))  # [2, length], at the file's own rate
-        if not waves.isfinite().all():
-            raise ValueError("holds NaN or infinity")
+        if not waves.abs().max() < 1e6:  # 120 dB above full scale; NaN fails as well
+            raise ValueError("holds NaN, infinity or numbers beyond all sound")
         if waves.abs().amax(1).min() < 1e-4:  # 80 dB below full scale
             raise ValueError("silent where it was read")
         rate = 25 * round(rate / 25)  # at most 3 cents off; 44,101 Hz to the letter takes a filter of minutes
@@ -1023,7 +1038,8 @@ def losses(model, batch, g):
         terms["nt_xent"] = nt_xent(*model.head_con(cls["con"][n:]).chunk(2), c.temperature)
     if "eq" in cls:
         c_a, c_b, c_shift = offset[:n].chunk(3)  # [B] each, of A, B, A'
-        y_a, y_b, y_shift = model.center(model.logits(cls["eq"][:n]), offset[:n]).softmax(-1).chunk(3)
+        logits = model.center(model.logits(cls["eq"][:n]), offset[:n], batch=True)
+        y_a, y_b, y_shift = logits.softmax(-1).chunk(3)
         terms["cpsd"] = (cpsd(y_a, y_b, c_a - c_b) + cpsd(y_a, y_shift, c_a - c_shift)
                          + cpsd(y_b, y_shift, c_b - c_shift))  # a higher offset looks lower
     return terms
@@ -1066,6 +1082,13 @@ def read_checkpoint(path, *needed):
         raise ValueError(f"{path}: {what}; name another folder") from None
 
 
+def fill(model, weights):
+    """Weights into a model. ValueError, RuntimeError or whatever comes of a hostile file."""
+    model.load_state_dict(weights)
+    if not all(x.isfinite().all() for x in model.state_dict().values()):
+        raise ValueError("weights are not finite")
+
+
 def set_aside(path, error):
     """Rename a file that cannot be used, so that no later save replaces it; raises the ValueError to show."""
     aside = path.with_name(f"broken-{int(time.time())}-{path.name}")
@@ -1082,7 +1105,7 @@ def load(path, device="cpu"):
     content, config = read_checkpoint(path)
     try:
         model = build(config)
-        model.load_state_dict(content["model"])
+        fill(model, content["model"])
     except Exception as error:
         raise ValueError(f"{path}: weights do not fit its config ({brief(error)})") from None
     return model.to(device).eval()
@@ -1099,6 +1122,8 @@ def resume(config, out):
         return None
     try:
         state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
+        if type(state["step"]) is not int or not 0 < state["step"] <= theirs.steps:
+            raise ValueError(f"{out}/state.pt: its step is not among its {theirs.steps}")
     except ValueError as error:
         set_aside(out / "state.pt", error)
     for name in (f.name for f in dataclasses.fields(Config)):
@@ -1128,7 +1153,8 @@ def open_log(path, columns, last_step):
 
     It stays locked: two runs at once in one folder would spoil each other's saves."""
     with lock(open(path, "a")):
-        header, *rows = path.read_text().splitlines() or [",".join(columns)]  # new, or empty by a power cut
+        text = path.read_text(errors="replace")
+    header, *rows = text.splitlines() or [",".join(columns)]  # new, or empty by a power cut
     if header != ",".join(columns):
         raise ValueError(f"{path}: not a log of mt2; name another --out")
     rows = [row.split(",") for row in rows]
@@ -1241,8 +1267,13 @@ def run(config, told):
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=device.type != "mps")
     if state:
         try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            fill(model, state["model"])
+            # moments alone: options stay as they were set above
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+            for p, s in ((p, optimizer.state[p]) for p in model.parameters()):
+                fit = (m.shape == p.shape and m.isfinite().all() for m in (s["exp_avg"], s["exp_avg_sq"]))
+                if not (0 < s["step"].item() <= done and all(fit)):  # AdamW would write beyond their end
+                    raise ValueError("moments of other weights")
         except torch.OutOfMemoryError:  # the device is full, and the file is not to blame
             raise
         except Exception as error:
@@ -1286,7 +1317,7 @@ def run(config, told):
             chunk += 1
         g = stream.generator(step)
         pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # no repeats
-        statistics = [b.clone() for b in model.buffers()]  # `center` and BatchNorm move them in forward
+        statistics = [b.clone() for b in model.buffers()]  # `losses` moves them
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g)
 
         # the update, unless its gradient is not finite
@@ -1321,14 +1352,12 @@ def run(config, told):
             shown = {k: f"{v:.3f}" for k, v in values.items()}
             bar.set_postfix(loss=f"{loss:.3f}", **shown, tracks_s=f"{rate:.0f}")
             bar.update()
-            last = step + 1 == c.steps
-            due = last or (step + 1) % c.save_every == 0  # for a look and a save
+            due = step + 1 == c.steps or (step + 1) % c.save_every == 0  # for a look and a save
             for sound, (waves, labels) in sounds.items() if due else ():
-                m = monitor(model.eval(), waves.to(device), labels.get("key_signature"))
-                model.train()
+                m = monitor(model, waves.to(device), labels.get("key_signature"))
                 watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")
                 bar.write(f"step {step + 1}, {sound} music: {verdict(m)}")
-            if (due or stop) and (not bad or last):
+            if (due or stop) and not bad:
                 content = {"config": dataclasses.asdict(c), "model": model.state_dict()}
                 save(out / "state.pt", content | {"optimizer": optimizer.state_dict(), "step": step + 1})
                 save(out / "model.pt", content)
@@ -1341,6 +1370,8 @@ def run(config, told):
                 print(f"{out}: stopped, {saved}; the same command goes on from there")
             raise SystemExit(128 + (told or [signal.SIGTERM])[0])  # what a shell reports of such an end
     bar.close()
+    if bad:
+        raise FloatingPointError(f"{out}: the last update is not finite; the save before stands; lower --lr")
     return out
 
 

@@ -132,7 +132,12 @@ def of_package(spec, device, download=False, trust=False):
         else:
             layers = getattr(importlib.import_module(kind), where)
             rate = getattr(layers, "rate", SAMPLE_RATE)
-        read = lambda wave: readouts(layers(resample(wave, SAMPLE_RATE, rate)))
+
+        def read(wave):
+            found = layers(resample(wave, SAMPLE_RATE, rate))
+            good = all(x.ndim == 3 and len(x) == len(wave) for x in found)
+            need(good, f"--encoder {spec}: must give a list of [B, frames, dim]")
+            return readouts(found)
         with torch.no_grad():
             read(torch.zeros(2, SAMPLES, device=device))  # what does not fit is known before all music
         return read
@@ -403,14 +408,15 @@ def parse(task, text, folder, seconds):
         need(None not in index, f"'{text}' is no key like C major or F# minor")
         return sum(index)
     if kind == "tempo":
-        good = text.replace(".", "", 1).isdigit() and 10 <= float(text) <= 1000
+        good = text.replace(".", "", 1).isdecimal() and 10 <= float(text) <= 1000
         need(good, f"'{text}' is not 10 to 1000 beats per minute")
         return float(text)
     if kind in ("chord", "beat", "onset"):
         path, width = folder / text, 2 if kind == "chord" else 1
         need(path.is_file(), f"{path}: no such label file; fix the column")
         try:
-            rows = np.array([line.split()[:3] for line in path.read_text().splitlines() if line.strip()])
+            lines = path.read_text("utf-8-sig").splitlines()
+            rows = np.array([line.split()[:3] for line in lines if line.strip()])
             times, labels = rows[:, :width].astype(float), rows[:, 2] if kind == "chord" else ()
             good = times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # written labels are rounded
         except (ValueError, IndexError):
@@ -418,12 +424,16 @@ def parse(task, text, folder, seconds):
         need(good, f"{path}: empty or not labels; a line starts with {width} rising time(s) in seconds")
         last = times.max()
         need(last < seconds + 0.5, f"{path}: a label at {last:.2f} s, but the sound ends at {seconds:.2f} s")
-        return (times, [chord_class(label) for label in labels]) if kind == "chord" else np.sort(times[:, 0])
+        try:
+            return (times, [*map(chord_class, labels)]) if kind == "chord" else np.sort(times[:, 0])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return {tag.strip() for tag in text.split("|") if tag.strip()} if kind == "tags" else text
 
 def manifest(path, tasks, seed=0, fit=True):
     """-> files, {task: truth per file}, {task: (train, valid, test) file numbers}. ValueError or OSError for
     what is wrong with it, before anything is computed; `fit`: also for what a probe cannot be trained on."""
+    need(Path(path).is_file(), f"--data {path}: no such file; give a manifest, see README.md")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(reader := csv.DictReader(file, restval=""))
@@ -432,12 +442,13 @@ def manifest(path, tasks, seed=0, fit=True):
         raise ValueError(f"{path}: not a CSV text file") from None
     folder, truth, parts = Path(path).parent, {}, {}
     for name in ("path", *tasks):
-        need(name in columns, f"{path}: no column '{name}'; there are: {', '.join(columns)}")
+        need(columns.count(name) == 1, f"{path}: must have one column '{name}'; has: {', '.join(columns)}")
     rows = [row for row in rows if any(row[task].strip() for task in tasks)]  # with a label at least
     files = [folder / row["path"] for row in rows]
     lost = [str(file) for file in files if not file.is_file()]
     need(not lost, f"{path}: {len(lost)} of {len(files)} files are missing, as {lost[:1]}; fix column 'path'")
-    need(len({*files}) == len(files), f"{path}: a file is listed twice; give each file one row")
+    once = len({file.resolve() for file in files}) == len(files)
+    need(once, f"{path}: a file is listed twice; give each file one row")
     order = np.random.default_rng(seed).permutation(len(rows))  # without a split a fifth is for testing
     drawn = ["test" if i < len(rows) / 5 else "train" for i in order]  # of the rows in their order
     split = [row.get("split", part).strip() for row, part in zip(rows, drawn)]
@@ -727,6 +738,8 @@ def measure(models, others, args, device):
     tasks = {name: make[KINDS[name]](name, truth[name], local, now) if KINDS.get(name) in make
              else clip_task(name, truth[name], owner) for name in asked}
     parts = {name: [p[torch.isin(p, task.owner)] for p in parts[name]] for name, task in tasks.items()}
+    for name, (train, _, test) in parts.items():
+        need(len(train) > 1 and len(test), f"column '{name}': too few files of train or test could be read")
     results = study(found, tasks, parts, device, args.mix)
     # first to the disk, then to the screen: what took minutes must outlive a flaw in a table
     write(out / "results.json", json.dumps(results, indent=1))
@@ -769,7 +782,7 @@ def command_embed(args):
     system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}
     found, owner, _, _ = collect(system, read_files(files, frames=False), device)
     times = torch.cat([SECONDS * torch.arange(n) for n in owner.bincount()])  # s at which windows start
-    np.savez(buffer := io.BytesIO(), names=np.array(args.file)[owner], times=times, **found["", ()])
+    np.savez(buffer := io.BytesIO(), names=np.array(args.file)[owner.numpy()], times=times, **found["", ()])
     write(out, buffer.getvalue())
     none_lost(len(owner.unique()), args.file)
 

@@ -166,6 +166,16 @@ def test_cpsd_is_0_for_a_rolled_one_hot_2_on_average_for_the_wrong_sign_and_1_fo
     assert cpsd(torch.full((12, 12), 1 / 12), y.float(), 5, omega).item() == pytest.approx(1, abs=1e-6)
 
 
+def test_the_losses_refuse_what_they_would_get_wrong_in_silence():
+    a, y = noise(4, 8).requires_grad_(), noise(4, 12).softmax(1)
+    for wrong in (lambda: nt_xent(a, noise(6, 8)), lambda: nt_xent(a[0], a[1]),
+                  lambda: cpsd(y, y, torch.zeros(4, 1))):
+        with pytest.raises(ValueError, match="must"):
+            wrong()
+    with pytest.raises(RuntimeError, match="first derivative only"):  # it would count as zero
+        torch.autograd.grad(nt_xent(a, noise(4, 8, seed=1)), a, create_graph=True)
+
+
 def test_both_losses_pass_gradcheck():
     a, b = (noise(4, 12, seed=s).double().requires_grad_() for s in (0, 1))
     k = torch.tensor([0, 3, -5, 11])
@@ -196,6 +206,14 @@ def test_a_tone_hits_its_bin_and_reads_its_amplitude_in_every_bin():
     level = VQT().magnitude(0.3 * tone(SEMITONES))[:, 63]  # [99 tones, 99 bins], in the middle of the clip
     assert (level.argmax(1) == torch.arange(99)).all()
     assert_close(level.diagonal(), torch.full((99,), 0.3), rtol=0.03, atol=0)
+
+
+def test_the_vqt_has_a_gradient_in_silence_and_is_exact_under_autocast():
+    vqt, wave = VQT(), torch.cat([torch.zeros(1, 32000), 0.1 * noise(1, 32000)], 1).requires_grad_()
+    assert torch.autograd.grad(vqt(wave).sum(), wave)[0].isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vqt(wave), VQT()(wave)) and vqt(wave).dtype == torch.float32
+    assert_close(VQT()(wave), vqt(wave))
 
 
 @pytest.mark.parametrize("n_bins", [12, 48, 60, 72])  # their top octaves lie at different rates
@@ -315,22 +333,24 @@ def test_class_tokens_alone_and_their_gradients_are_those_of_the_whole_sequence(
 
 
 def test_centring_removes_exactly_what_depends_on_the_offset_alone():
-    net, offset = model().train(), torch.arange(64) % 16
+    net, offset = model(), torch.arange(64) % 16
     logits, shortcut = noise(64, 12), 10 * noise(16, 12, seed=1)
-    plain = net.center(logits, offset)
-    assert_close(net.center(logits + shortcut[offset], offset), plain, rtol=0, atol=1e-5)
+    plain = net.center(logits, offset, batch=True)
+    assert_close(net.center(logits + shortcut[offset], offset, batch=True), plain, rtol=0, atol=1e-5)
     assert_close(plain.square().mean(1), torch.full((64,), 0.25), rtol=1e-3, atol=0)  # each clip its own std
 
 
 def test_centring_outside_of_training_knows_the_offsets_and_not_the_batch():
-    net, offset, shortcut = model().train(), torch.arange(64) % 16, 5 * noise(16, 12)
+    net, offset, shortcut = model(), torch.arange(64) % 16, 5 * noise(16, 12)
     for seed in range(60):
-        net.center(noise(64, 12, seed=seed) + shortcut[offset], offset)
-    net.eval()
+        net.center(noise(64, 12, seed=seed) + shortcut[offset], offset, batch=True)
     logits, offset = noise(16, 12, seed=99), torch.arange(16)
     centred, plain = net.center(logits + shortcut, offset), net.center(logits + net.offset_mean, offset)
     assert (centred - plain).abs().mean() < 0.1 < shortcut.abs().mean() / 10  # means have followed
     assert torch.equal(net.center((logits + shortcut)[3:4], torch.tensor([3])), centred[3:4])
+    fresh, wave = model().train(), noise(2, 64000)  # a new model is in training mode
+    assert_close(fresh(wave)[0][:1], fresh(wave[:1])[0])
+    assert fresh.offset_mean.eq(0).all()
 
 
 # ---- Generated music -------------------------------------------------------------------------------------
@@ -466,6 +486,12 @@ def test_a_folder_gives_what_is_usable_and_names_the_rest(zoo):
         heard.add(pitch_of(waves[0]))
     assert heard == {hertz for _, _, hertz in USABLE.values()} and len(folder) == len(USABLE) + len(BROKEN)
     assert {os.path.basename(f) for f in folder.skipped} == BROKEN
+    assert {os.path.basename(f) for f in folder.closed} == {"text.mp3", "empty.wav"}
+    mp3, before = [f for f in folder.files if f.endswith("text.mp3")][0], dict(folder.skipped)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError):  # it is not opened again
+        patch.setattr(soundfile, "SoundFile", None)
+        folder.read(mp3, 0, 0)
+    assert folder.skipped == before
     assert all(reason and "\n" not in reason for reason in folder.skipped.values())
 
 
@@ -943,6 +969,37 @@ def test_a_foreign_checkpoint_is_refused_by_name_kept_and_nothing_in_it_runs(kin
         assert files_of(run)[name] == data
 
 
+@pytest.mark.parametrize("spoil", [
+    lambda s: s.update(step=-3), lambda s: s.update(step=3.0), lambda s: s.update(step=10 ** 9),
+    lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),  # AdamW would write beyond its end
+    lambda s: s["optimizer"]["state"][0].update(exp_avg="x"),
+    lambda s: s["optimizer"]["state"][0]["exp_avg_sq"].fill_(math.nan),
+    lambda s: s["optimizer"]["state"][0].update(step=torch.tensor(-1.0)),
+    lambda s: s["model"]["cls"].fill_(math.inf)])
+def test_a_state_with_content_that_cannot_be_is_set_aside(spoil, unbroken, tmp_path):
+    state = torch.load(unbroken / "state.pt", weights_only=True) | {"step": 3}
+    spoil(state)
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="state.pt: .*set aside as broken-"):
+        train(tiny(tmp_path))
+
+
+def test_options_in_a_state_do_not_replace_those_of_the_optimizer(unbroken, tmp_path):
+    interrupted(tiny(tmp_path), 4)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["optimizer"]["param_groups"][0].update(amsgrad=True, betas="x")
+    torch.save(state, tmp_path / "state.pt")
+    assert_equal_runs(train(tiny(tmp_path)), unbroken)
+
+
+def test_a_model_with_weights_that_are_not_finite_is_refused(unbroken, tmp_path):
+    content = torch.load(unbroken / "model.pt", weights_only=True)
+    content["model"]["cls"][0, 0] = math.nan
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt: .*not finite"):
+        load(tmp_path)
+
+
 def test_a_sound_state_is_not_set_aside_when_the_disk_fails(unbroken, tmp_path, monkeypatch):
     interrupted(tiny(tmp_path), 4)
     before = files_of(tmp_path)
@@ -1001,14 +1058,25 @@ def test_a_full_disk_leaves_the_last_save(what, unbroken, tmp_path):
 
 @pytest.mark.parametrize("more", [{}, dict(encoder="tune", expansion=0, batch=2)])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_said(more, tmp_path, capsys):
+    seen = []
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, nan_at(3))
-        run = train(tiny(tmp_path / "nan", steps=3, save_every=1, **more))
-    said = "".join(capsys.readouterr())
-    interrupted(tiny(tmp_path / "cut", steps=3, save_every=1, **more), 3)
-    assert_close(weights(run), weights(tmp_path / "cut"), rtol=0, atol=0)
-    assert re.search("step 3: .*not finite", said) and len(log_of(run)) == 3
-    assert torch.load(run / "state.pt", weights_only=True)["step"] == 3  # the last step counts as done
+        real = mt2.losses
+        patch.setattr(mt2, "losses", lambda net, *rest: seen.append(
+            torch.cat([x.flatten() for x in net.state_dict().values()])) or real(net, *rest))
+        run = train(tiny(tmp_path, steps=4, save_every=1, **more))
+    assert re.search("step 3: .*not finite", "".join(capsys.readouterr())) and len(log_of(run)) == 4
+    before, third, after = seen[1:]  # before the second, third and fourth step
+    assert torch.equal(third, after) and not torch.equal(before, third)
+
+
+def test_a_run_that_ends_on_a_broken_step_keeps_the_save_before_and_says_so(tmp_path):
+    interrupted(tiny(tmp_path / "cut", steps=3, save_every=1), 3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="save before stands"):
+        at_step(patch, nan_at(3))
+        train(tiny(tmp_path / "nan", steps=3, save_every=1))
+    assert torch.load(tmp_path / "nan" / "state.pt", weights_only=True)["step"] == 2
+    assert_close(weights(tmp_path / "nan"), weights(tmp_path / "cut"), rtol=0, atol=0)
 
 
 def test_ten_broken_steps_in_a_row_stop_the_run_with_a_good_save(tmp_path):
@@ -1066,7 +1134,7 @@ def test_sixty_steps_of_a_tiny_model_learn_key_and_no_shortcut(tmp_path):
 
 
 def centred_cpsd(net, logits, offset):
-    y_a, y_b = net.center(logits, offset).softmax(1).chunk(2)
+    y_a, y_b = net.center(logits, offset, batch=True).softmax(1).chunk(2)
     return cpsd(y_a, y_b, offset[:len(y_a)] - offset[len(y_a):])
 
 
@@ -1385,7 +1453,7 @@ def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, c
 
 
 @pytest.mark.parametrize("name, text, task, expected", [
-    ("column", "path,key\nsong0.wav,C major", "mood", "no column 'mood'"),
+    ("column", "path,key\nsong0.wav,C major", "mood", "must have one column 'mood'"),
     ("missing", "path,key\nnowhere.wav,C major\nsong1.wav,A minor", "key", "missing"),
     ("one class", "path,mood,split\nsong0.wav,sad,train\nsong1.wav,sad,train\nsong2.wav,sad,test", "mood",
      "one class"),
@@ -1395,10 +1463,15 @@ def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, c
     ("empty lab", "path,chords\nsong0.wav,empty.lab\nsong1.wav,empty.lab", "chords", "empty.lab"),
     ("twice", "path,key\nsong0.wav,C major\nsong0.wav,A minor", "key", "listed twice"),
     ("no row", "path,key", "key", "0 labels in train"),
+    ("two columns", "path,key,key\nsong0.wav,C major,A minor", "key", "must have one column 'key'"),
+    ("twice in other words", "path,key\nsong0.wav,C major\nrun/../song0.wav,A minor", "key", "listed twice"),
+    ("no chord", "path,chords\nsong0.wav,bad.lab\nsong1.wav,bad.lab", "chords", "bad.lab: 'Q:maj' is no"),
+    ("odd digit", "path,tempo\nsong0.wav,1²\nsong1.wav,90", "tempo", "not 10 to 1000"),
     ("late lab", "path,chords\nsong0.wav,late.lab\nsong1.wav,late.lab", "chords", "but the sound ends")])
 def test_a_bad_manifest_is_refused_and_nothing_is_written(small_run, capsys, name, text, task, expected):
     (small_run / "empty.lab").write_text("")
     (small_run / "late.lab").write_text("0.0\t99.0\tC:maj\n")
+    (small_run / "bad.lab").write_text("\ufeff0.0\t1.0\tQ:maj\n", encoding="utf-8")  # after a byte order mark
     (small_run / "bad.csv").write_text(text)
     out = small_run / "never"
     flags = "--data", small_run / "bad.csv", "--task", task, "--out", out
@@ -1432,6 +1505,17 @@ def test_a_file_cut_short_costs_only_itself_and_the_exit_status(small_run, capsy
     assert probe_main(capsys, small_run / "run", *flags) == "probe: 1 of 7 files were left out: see above"
     rows = json.loads((small_run / "lost" / "results.json").read_text())
     assert {(r["n_train"], r["n_test"]) for r in rows} == {(4, 2)}
+
+
+def test_test_files_that_cannot_be_read_do_not_replace_older_results(small_run, capsys):
+    soundfile.write(small_run / "nan.wav", np.full(64000, np.nan), 16000, subtype="FLOAT")
+    rows = "song0.wav,C major,train\nsong1.wav,A minor,train\nnan.wav,C major,test"
+    (small_run / "lost.csv").write_text("path,key,split\n" + rows)
+    (small_run / "kept").mkdir()
+    (small_run / "kept" / "results.json").write_text("precious")
+    flags = "--data", small_run / "lost.csv", "--task", "key", "--out", small_run / "kept"
+    assert "too few files" in probe_main(capsys, small_run / "run", *flags)
+    assert (small_run / "kept" / "results.json").read_text() == "precious"
 
 
 @pytest.mark.parametrize("text, key", [("C major", 0), ("f# minor", 18), ("Cb:maj", 11), ("E# minor", 17)])
@@ -1598,6 +1682,9 @@ def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     probe_main(capsys, "embed", small_run / "run", small_run / "song0.wav", "--out", small_run / "f.npz")
     found = np.load(small_run / "f.npz")
     assert found["eq"].shape == (2, 2, 24) and found["times"].tolist() == [0, 4]
+    soundfile.write(small_run / "short.wav", noise(64000).numpy() / 9, 16000)
+    probe_main(capsys, "embed", small_run / "run", small_run / "short.wav", "--out", small_run / "one.npz")
+    assert np.load(small_run / "one.npz")["names"].tolist() == [str(small_run / "short.wav")]
     assert set(probe.READOUTS) <= set(found)
     with torch.no_grad():
         wave = torch.from_numpy(soundfile.read(small_run / "song0.wav", dtype="float32")[0]).view(2, 64000)
