@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 import torch.nn.functional as F
 from torch.testing import assert_close
 
@@ -208,6 +209,15 @@ def test_a_tone_hits_its_bin_and_reads_its_amplitude_in_every_bin():
     assert_close(level.diagonal(), torch.full((99,), 0.3), rtol=0.03, atol=0)
 
 
+def test_mel_is_torchaudios_and_a_full_scale_sine_reads_about_0_db():
+    published = torchaudio.transforms.MelSpectrogram(16000, 1024, hop_length=512, n_mels=128)
+    wave = 0.1 * noise(2, 64000)
+    assert_close(mt2.FrontEnd()(wave)[0], 10 * (published(wave).mT / 256 ** 2).clamp_min(1e-16).log10(),
+                 rtol=0, atol=1e-3)
+    mel, vqt = mt2.FrontEnd()(tone([880]))
+    assert abs(mel[0, 63].max()) < 3 and abs(vqt[0, 63].max()) < 0.3
+
+
 def test_the_vqt_has_a_gradient_in_silence_and_is_exact_under_autocast():
     vqt, wave = VQT(), torch.cat([torch.zeros(1, 32000), 0.1 * noise(1, 32000)], 1).requires_grad_()
     assert torch.autograd.grad(vqt(wave).sum(), wave)[0].isfinite().all()
@@ -301,6 +311,7 @@ def test_an_offset_is_an_int_or_one_per_clip_and_the_middle_by_default():
     assert_close(y, torch.stack([net(wave, 3).y[0], net(wave).y[1]]), rtol=1e-4, atol=1e-6)
     assert_close(net.pitch(wave, (3, 8))[:, 0], torch.stack([y[0], net(wave).y[0]]), rtol=1e-4, atol=1e-6)
     assert (y[0] - net(wave).y[0]).abs().max() > 1e-3
+    assert torch.equal(y, net(wave, torch.tensor([3, 8], dtype=torch.uint8)).y)  # an index, not a mask
 
 
 def test_the_equivariant_token_is_blind_to_mel_and_the_contrastive_one_is_not():
@@ -321,6 +332,15 @@ def test_in_training_eq_reaches_only_the_equivariant_views_and_mel_only_the_cont
     plain, coloured, other_mel = terms(mel, 0.0), terms(mel, 20.0), terms(mel.flip(0), 0.0)
     assert plain["nt_xent"] == coloured["nt_xent"] and (plain["cpsd"] - coloured["cpsd"]).abs() > 1e-3
     assert plain["cpsd"] == other_mel["cpsd"] and (plain["nt_xent"] - other_mel["nt_xent"]).abs() > 1e-3
+
+
+def test_each_loss_reads_both_segments():
+    mel, vqt = (30 * noise(6, 2, 126, bins, seed=bins) - 60 for bins in (128, 99))  # dB
+    plain = mt2.losses(model(), [mel, vqt], seeded(1))
+    for segment in (0, 1):
+        other = [x.index_copy(1, torch.tensor([segment]), x.flip(0)[:, [segment]]) for x in (mel, vqt)]
+        terms = mt2.losses(model(), other, seeded(1))
+        assert all((plain[name] - terms[name]).abs() > 1e-4 for name in ("nt_xent", "cpsd"))
 
 
 def test_class_tokens_alone_and_their_gradients_are_those_of_the_whole_sequence():
@@ -570,7 +590,7 @@ def broken_copies(data, n, seed):
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
 def test_broken_sound_gives_waves_or_one_line_and_never_hangs(kind, tmp_path):
-    file, begin = tmp_path / f"x.{kind}", time.time()
+    file, begin = tmp_path / f"x.{kind}", time.process_time()
     soundfile.write(file, 0.3 * tone([440], 0.4)[0].numpy() + 0.01 * noise(6400).numpy(), 16000)
     for i, data in enumerate(broken_copies(file.read_bytes(), 60, seed=1)):
         file.write_bytes(data)
@@ -579,7 +599,7 @@ def test_broken_sound_gives_waves_or_one_line_and_never_hangs(kind, tmp_path):
             assert waves.shape == (2, 4000) and waves.isfinite().all() and waves.abs().max() <= 1
         except RuntimeError as error:
             assert "\n" not in str(error) and str(file) in str(error)
-    assert time.time() - begin < 30
+    assert time.process_time() - begin < 60  # usually 3
 
 
 # ---- The monitor -----------------------------------------------------------------------------------------
@@ -976,8 +996,9 @@ def test_a_foreign_checkpoint_is_refused_by_name_kept_and_nothing_in_it_runs(kin
     lambda s: s["optimizer"]["state"][0]["exp_avg_sq"].fill_(math.nan),
     lambda s: s["optimizer"]["state"][0].update(step=torch.tensor(-1.0)),
     lambda s: s["model"]["cls"].fill_(math.inf)])
-def test_a_state_with_content_that_cannot_be_is_set_aside(spoil, unbroken, tmp_path):
-    state = torch.load(unbroken / "state.pt", weights_only=True) | {"step": 3}
+def test_a_state_with_content_that_cannot_be_is_set_aside(spoil, tmp_path):
+    interrupted(tiny(tmp_path), 4)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
     spoil(state)
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="state.pt: .*set aside as broken-"):
