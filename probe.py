@@ -468,10 +468,11 @@ def manifest(path, tasks, seed=0, fit=True):
                        for part in ("train", "valid", "test")]
         need(not fit or len(parts[task][0]) > 1 and len(parts[task][2]), f"{path}: column '{task}' has "
              f"{len(parts[task][0])} labels in train and {len(parts[task][2])} in test; it needs 2 and 1")
-        if fit and KINDS.get(task, "tags") in ("key", "tags"):
+        kind = KINDS.get(task, "tags")
+        if fit and kind in ("key", "tempo", "tags"):
             sets = [(part, v if isinstance(v, set) else {v}) for _, part, v in labelled]
             train, test = (set().union(*(v for p, v in sets if p == part)) for part in ("train", "test"))
-            new = sorted(test - train) if task != "key" else []
+            new = sorted(test - train) if kind == "tags" else []
             need(len(train) > 1, f"{path}: column '{task}' has one class only in train; a probe needs two")
             need(not new, f"{path}, column '{task}': {new[:1]} is in test but not in train; move or drop it")
     return files, truth, parts
@@ -818,6 +819,7 @@ def command_key(args):
 def command_figures(args):
     """Of a sound file: ssm.png (its first 32 s), attention.png (4 s) and circle.png (a minute; needs eq)."""
     device, out = mt2.pick_device(args.device), Path(args.out or "figures")
+    open_sound(*args.file).close()  # before a folder is made for nothing
     ready(out / "ssm.png")
     model, waves = mt2.load(args.run, device), cut(*args.file)[:15].to(device)
     need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")

@@ -1484,6 +1484,8 @@ def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, c
     ("empty lab", "path,chords\nsong0.wav,empty.lab\nsong1.wav,empty.lab", "chords", "empty.lab"),
     ("twice", "path,key\nsong0.wav,C major\nsong0.wav,A minor", "key", "listed twice"),
     ("no row", "path,key", "key", "0 labels in train"),
+    ("one tempo", "path,bpm,split\nsong0.wav,90,train\nsong1.wav,90,train\nsong2.wav,70,test", "bpm",
+     "one class"),
     ("two columns", "path,key,key\nsong0.wav,C major,A minor", "key", "must have one column 'key'"),
     ("twice in other words", "path,key\nsong0.wav,C major\nrun/../song0.wav,A minor", "key", "listed twice"),
     ("no chord", "path,chords\nsong0.wav,bad.lab\nsong1.wav,bad.lab", "chords", "bad.lab: 'Q:maj' is no"),
@@ -1714,6 +1716,8 @@ def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     assert_close(average, layers[:, :, :2].mean(2), rtol=1e-3, atol=1e-4)
     probe_main(capsys, "figures", small_run / "run", small_run / "song0.wav", "--out", small_run / "fig")
     assert {p.name for p in (small_run / "fig").iterdir()} == {"ssm.png", "attention.png", "circle.png"}
+    said = probe_main(capsys, "figures", small_run / "run", "no.wav", "--out", small_run / "none")
+    assert said == "probe: no.wav: no such file" and not (small_run / "none").exists()
 
 
 # ---- README ----------------------------------------------------------------------------------------------
