@@ -1599,6 +1599,12 @@ def test_any_callable_is_an_encoder(small_run, short_probe, capsys, monkeypatch)
         ("key", "seq_avg", 0), ("key", "seq_avg", 1), ("chord", "seq", 0), ("chord", "seq", 1)}
 
 
+def test_an_encoder_that_forgets_the_frames_is_refused_by_name(short_probe, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flat", types.SimpleNamespace(f=lambda wave: [wave[:, :8]]))
+    said = probe_main(capsys, "--encoder", "flat:f", "--task", "key")
+    assert said.startswith("probe: --encoder flat:f") and "[B, frames, dim]" in said
+
+
 def hidden(wave):
     """Four layers of a 50 Hz encoder for waves at 24 kHz."""
     assert wave.shape[1] == 4 * 24000, "not resampled to the encoder's rate"
