@@ -355,10 +355,10 @@ class MT2(nn.Module):
         """Equivariant token [B, D] -> [B, 12]: 84 bins, averaged over seven octaves."""
         return self.head_eq(token).float().view(-1, 7, 12).mean(1)
 
-    def center(self, logits, offset, batch=False):
+    def center(self, logits, offset, training=False):
         """Logits [B, 12] minus the mean logits of all clips at the same crop offset, divided by twice each
-        clip's own root mean square (ours). batch: the mean over this batch, as the loss takes it, which also
-        moves the running mean; else the running mean, so that no clip depends on another.
+        clip's own root mean square (ours). training: the mean over this batch, which also moves the running
+        mean; else the running mean, so that no clip depends on another.
 
         The mean: over many songs no key is preferred at any crop. Without it CPSD is solved by reading the
         offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead of .90).
@@ -367,7 +367,7 @@ class MT2(nn.Module):
         three times: .68). Own: with the batch's an hour of training gave up on what it could not tell, to be
         surer of the rest (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
         mean = self.offset_mean
-        if batch:
+        if training:
             same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
             total, count = all_sum(same.T @ logits), all_sum(same.sum(0))[:, None]
             mean = total / count.clamp_min(1)  # [16, 12]
@@ -815,7 +815,7 @@ class AudioFolder(Dataset):
     SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
     def __init__(self, root, seconds=SECONDS, gap=30.0):
-        self.root, self.seconds, self.gap, self.skipped, self.closed = Path(root), seconds, gap, {}, {}
+        self.root, self.seconds, self.gap, self.skipped, self.unopened = Path(root), seconds, gap, {}, {}
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give a folder of wav, flac, ogg or mp3 files")
         self.files, seen = [], set()
@@ -854,12 +854,12 @@ class AudioFolder(Dataset):
         import soundfile  # here, so that generated music needs no decoder
         if not os.path.isfile(file):
             raise ValueError("not a file, or gone")
-        if file in self.closed:  # tried once: about a bad mp3 libsndfile prints pages, each time
-            raise ValueError(self.closed[file])
+        if file in self.unopened:  # tried once: about a bad mp3 libsndfile prints pages, each time
+            raise ValueError(self.unopened[file])
         try:
             sound = soundfile.SoundFile(os.fsencode(file))
         except RuntimeError as error:
-            self.closed[file] = str(error)
+            self.unopened[file] = str(error)
             raise
         with sound:
             rate, length = sound.samplerate, round(self.seconds * sound.samplerate)
@@ -1026,9 +1026,10 @@ def losses(model, batch, g):
     segments = [segment for task in c.tasks for segment in {"eq": (0, 1, 0), "con": (0, 1)}[task]]
     n = 3 * B if "eq" in c.tasks else 0  # views for the equivariant token, which comes first
     frames = torch.randperm(FRAMES, generator=g)[:c.frames].sort().values.to(dev)  # the same of all views
+    # a row per view, in dB: [5B, F, 128] and [5B, F, 99]
     mel, vqt = (x[:, :, frames][:, segments].transpose(0, 1).flatten(0, 1).float() for x in batch)
     mel = mel[n:] if model.hides_mel else mel  # [2B, F, 128]
-    vqt[:n] += random_eq(n, c.eq_db, g).to(dev)  # [5B, F, 99]
+    vqt[:n] += random_eq(n, c.eq_db, g).to(dev)
     offset = torch.randint(N_OFFSETS, (len(vqt),), generator=g).to(dev)
     mel, vqt = unit_range(mel), crop(unit_range(vqt), offset)  # in [0, 1], [2B, F, 128] and [5B, F, 84]
     with autocast(dev):
@@ -1038,7 +1039,7 @@ def losses(model, batch, g):
         terms["nt_xent"] = nt_xent(*model.head_con(cls["con"][n:]).chunk(2), c.temperature)
     if "eq" in cls:
         c_a, c_b, c_shift = offset[:n].chunk(3)  # [B] each, of A, B, A'
-        logits = model.center(model.logits(cls["eq"][:n]), offset[:n], batch=True)
+        logits = model.center(model.logits(cls["eq"][:n]), offset[:n], training=True)
         y_a, y_b, y_shift = logits.softmax(-1).chunk(3)
         terms["cpsd"] = (cpsd(y_a, y_b, c_a - c_b) + cpsd(y_a, y_shift, c_a - c_shift)
                          + cpsd(y_b, y_shift, c_b - c_shift))  # a higher offset looks lower
@@ -1123,7 +1124,7 @@ def resume(config, out):
     try:
         state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
         if type(state["step"]) is not int or not 0 < state["step"] <= theirs.steps:
-            raise ValueError(f"{out}/state.pt: its step is not among its {theirs.steps}")
+            raise ValueError(f"{out}/state.pt: its step lies outside of its run; name another folder")
     except ValueError as error:
         set_aside(out / "state.pt", error)
     for name in (f.name for f in dataclasses.fields(Config)):
@@ -1270,9 +1271,10 @@ def run(config, told):
             fill(model, state["model"])
             # moments alone: options stay as they were set above
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-            for p, s in ((p, optimizer.state[p]) for p in model.parameters()):
-                fit = (m.shape == p.shape and m.isfinite().all() for m in (s["exp_avg"], s["exp_avg_sq"]))
-                if not (0 < s["step"].item() <= done and all(fit)):  # AdamW would write beyond their end
+            for p in model.parameters():
+                count, *moments = (optimizer.state[p][k] for k in ("step", "exp_avg", "exp_avg_sq"))
+                good = all(m.shape == p.shape and m.isfinite().all() for m in moments)
+                if not (good and 0 < count.item() <= done):  # AdamW would write beyond a short one's end
                     raise ValueError("moments of other weights")
         except torch.OutOfMemoryError:  # the device is full, and the file is not to blame
             raise

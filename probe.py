@@ -136,7 +136,7 @@ def of_package(spec, device, download=False, trust=False):
         def read(wave):
             found = layers(resample(wave, SAMPLE_RATE, rate))
             good = all(x.ndim == 3 and len(x) == len(wave) for x in found)
-            need(good, f"--encoder {spec}: must give a list of [B, frames, dim]")
+            need(good, f"{spec}: a layer is not [B, frames, dim]")
             return readouts(found)
         with torch.no_grad():
             read(torch.zeros(2, SAMPLES, device=device))  # what does not fit is known before all music

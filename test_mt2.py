@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torchaudio
 import torch.nn.functional as F
+import torchaudio
 from torch.testing import assert_close
 
 import mt2
@@ -220,10 +220,10 @@ def test_mel_is_torchaudios_and_a_full_scale_sine_reads_about_0_db():
 
 def test_the_vqt_has_a_gradient_in_silence_and_is_exact_under_autocast():
     vqt, wave = VQT(), torch.cat([torch.zeros(1, 32000), 0.1 * noise(1, 32000)], 1).requires_grad_()
-    assert torch.autograd.grad(vqt(wave).sum(), wave)[0].isfinite().all()
+    plain = vqt(wave)
+    assert torch.autograd.grad(plain.sum(), wave)[0].isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(vqt(wave), VQT()(wave)) and vqt(wave).dtype == torch.float32
-    assert_close(VQT()(wave), vqt(wave))
+        assert torch.equal(vqt(wave), plain)
 
 
 @pytest.mark.parametrize("n_bins", [12, 48, 60, 72])  # their top octaves lie at different rates
@@ -355,15 +355,15 @@ def test_class_tokens_alone_and_their_gradients_are_those_of_the_whole_sequence(
 def test_centring_removes_exactly_what_depends_on_the_offset_alone():
     net, offset = model(), torch.arange(64) % 16
     logits, shortcut = noise(64, 12), 10 * noise(16, 12, seed=1)
-    plain = net.center(logits, offset, batch=True)
-    assert_close(net.center(logits + shortcut[offset], offset, batch=True), plain, rtol=0, atol=1e-5)
+    plain = net.center(logits, offset, training=True)
+    assert_close(net.center(logits + shortcut[offset], offset, training=True), plain, rtol=0, atol=1e-5)
     assert_close(plain.square().mean(1), torch.full((64,), 0.25), rtol=1e-3, atol=0)  # each clip its own std
 
 
 def test_centring_outside_of_training_knows_the_offsets_and_not_the_batch():
     net, offset, shortcut = model(), torch.arange(64) % 16, 5 * noise(16, 12)
     for seed in range(60):
-        net.center(noise(64, 12, seed=seed) + shortcut[offset], offset, batch=True)
+        net.center(noise(64, 12, seed=seed) + shortcut[offset], offset, training=True)
     logits, offset = noise(16, 12, seed=99), torch.arange(16)
     centred, plain = net.center(logits + shortcut, offset), net.center(logits + net.offset_mean, offset)
     assert (centred - plain).abs().mean() < 0.1 < shortcut.abs().mean() / 10  # means have followed
@@ -506,7 +506,7 @@ def test_a_folder_gives_what_is_usable_and_names_the_rest(zoo):
         heard.add(pitch_of(waves[0]))
     assert heard == {hertz for _, _, hertz in USABLE.values()} and len(folder) == len(USABLE) + len(BROKEN)
     assert {os.path.basename(f) for f in folder.skipped} == BROKEN
-    assert {os.path.basename(f) for f in folder.closed} == {"text.mp3", "empty.wav"}
+    assert {os.path.basename(f) for f in folder.unopened} == {"text.mp3", "empty.wav"}
     mp3, before = [f for f in folder.files if f.endswith("text.mp3")][0], dict(folder.skipped)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError):  # it is not opened again
         patch.setattr(soundfile, "SoundFile", None)
@@ -1155,7 +1155,7 @@ def test_sixty_steps_of_a_tiny_model_learn_key_and_no_shortcut(tmp_path):
 
 
 def centred_cpsd(net, logits, offset):
-    y_a, y_b = net.center(logits, offset, batch=True).softmax(1).chunk(2)
+    y_a, y_b = net.center(logits, offset, training=True).softmax(1).chunk(2)
     return cpsd(y_a, y_b, offset[:len(y_a)] - offset[len(y_a):])
 
 
