@@ -102,6 +102,8 @@ class Config:
                 setattr(self, name, value)
         choices = dict(tasks=("eq", "con"), inputs=("mel", "vqt"))
         if self.encoder == "tune":
+            if "con" not in self.tasks:
+                raise ValueError("--tasks eq: waveform encoders learn con alone; use --encoder vit")
             self.tasks, self.inputs, choices = ("con",), ("wave",), {}
         for name, known in choices.items():
             given = getattr(self, name)
@@ -115,7 +117,7 @@ class Config:
             kind, (least, most), given = field.type, field.metadata["limits"], getattr(self, field.name)
             flag = "--" + field.name.replace("_", "-")
             try:  # plain values alone, as no checkpoint may hold a Path or a number of numpy
-                setattr(self, field.name, value := kind(given))
+                setattr(self, field.name, value := None if given is None else kind(given))
             except (TypeError, ValueError, OverflowError):
                 value = None
             if value is None or kind is int and value != given:
@@ -171,6 +173,10 @@ class VQT(nn.Module):
             self.register_buffer(f"kernel{len(self.hops)}", kernel, persistent=False)
             self.hops.append(hop)
             self.margin = max(self.margin, half // hop + 1)
+        # torchaudio's resampler as a matrix, from 120 samples to 16 at a quarter of the rate, with those that
+        # feel the edges cut off (measured: the VQT takes .43 of the time)
+        quarter = torchaudio.functional.resample(torch.eye(120), 4, 1)[:, 7:-7].contiguous()
+        self.register_buffer("quarter", quarter, persistent=False)
 
     def magnitude(self, wave):
         """Wave [B, T] -> linear magnitude [B, T // hop + 1, n_bins]; frames centred, zeros beyond."""
@@ -181,7 +187,8 @@ class VQT(nn.Module):
             start = self.margin * hop - len(kernel) // 2  # of the first frame's window
             with torch.autocast(wave.device.type, enabled=False):  # in bf16 it would be off by up to 7 dB
                 while now > hop:  # to the rate of the octave
-                    wave, now = torchaudio.functional.resample(wave, 4, 1), now // 4
+                    windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)  # 28: as far as the filter reaches
+                    wave, now = (windows @ self.quarter).flatten(1), now // 4
                 windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
                 real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, 12] each
             power = real.square() + imag.square()
@@ -253,9 +260,8 @@ class Block(nn.Module):
         """-> queries, keys, values, each [B, heads, N, D / heads]."""
         return self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
-    def attention(self, x):
-        """Softmax weights [B, heads, N, N] for a block's input."""
-        q, k, _ = self.project(x)
+    def attention(self, q, k):
+        """Softmax weights [B, heads, N, N]."""
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
     def forward(self, x, first=None):
@@ -265,7 +271,7 @@ class Block(nn.Module):
         if x.is_cuda:
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:  # on CPU the fused kernel costs 2.6 times as much a step at 18 tokens, 1.6 at 128 (measured)
-            mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
+            mixed = self.attention(q, k).to(v.dtype) @ v
         x = x + self.out(mixed.transpose(1, 2).flatten(2))  # heads side by side again
         return x + self.mlp(self.norm2(x))
 
@@ -277,6 +283,25 @@ class Output(NamedTuple):
     tokens: torch.Tensor  # [B, n_cls + F, D] last layer, class tokens first
 
 
+def world_size():
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(x):
+    """Sum over all processes; backward sums their gradients."""
+    return x if world_size() == 1 else dist_nn.all_reduce(x)
+
+
+def gather(x):
+    """[n, ...] of each process -> [world_size n, ...], without gradient."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 class MT2(nn.Module):
     """One ViT over spectrogram frames, with a class token per task.
 
@@ -286,6 +311,8 @@ class MT2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.class_tokens, dim = config, config.tasks, config.dim
+        # whether there is a mel branch to hide from the equivariant token
+        self.hides_mel = bool(config.hide_mel) and "eq" in config.tasks and "mel" in config.inputs
         self.front_end = FrontEnd()
         for name, bins in (("mel", N_MELS), ("vqt", N_CROP)):
             if name in config.inputs:
@@ -322,11 +349,6 @@ class MT2(nn.Module):
         for block in self.blocks:
             block.out.weight.mul_(0.2)
             block.mlp[2].weight.mul_(0.2)
-
-    @property
-    def hides_mel(self):
-        """Whether there is a mel branch to hide from the equivariant token."""
-        return bool(self.config.hide_mel) and "eq" in self.config.tasks and "mel" in self.config.inputs
 
     def encode(self, mel, vqt, frames=None, cls_only=False):
         """Features in [0, 1], mel [B, F, 128] and vqt [B, F, 84] -> depth + 1 layers, each [B, n_cls + F, D].
@@ -382,23 +404,27 @@ class MT2(nn.Module):
             raise ValueError(f"MT2 takes waves [B, {HOP + 1} to {SAMPLES} samples], not {list(wave.shape)}")
         return [unit_range(x) for x in self.front_end(wave)]
 
+    def passes(self, wave, offset=None):
+        """Wave [B, T] -> [passes, depth + 1, B, n_cls + F, D]: as in training, a pass without mel where it is
+        hidden from the equivariant token, and a pass with all branches where there is another token."""
+        mel, vqt = self.features(wave)
+        offset = torch.as_tensor(N_OFFSETS // 2 if offset is None else offset, device=wave.device)
+        if not ((0 <= offset) & (offset < N_OFFSETS)).all():
+            raise ValueError(f"MT2: an offset must lie between 0 and {N_OFFSETS - 1}")
+        vqt, mels = crop(vqt, offset.expand(len(wave))), [mel]
+        if self.hides_mel:
+            mels = [mel[:0], mel] if "con" in self.class_tokens else [mel[:0]]
+        return torch.stack([torch.stack(self.encode(mel, vqt)) for mel in mels])
+
     def layers(self, wave, offset=None):
         """Wave [B, T] at 16 kHz, at most 4 s -> [depth + 1, B, n_cls + F, D]; offset of the crop: int or [B],
         None for the middle.
 
-        As in training, the equivariant token comes from a pass without mel, the contrastive one from a pass
-        with both branches. Sequence tokens are the mean of both passes (ours; measured, one run: a chord
-        probe reads .77 from it, .67 from the pass with mel)."""
-        mel, vqt = self.features(wave)
-        offset = torch.as_tensor(N_OFFSETS // 2 if offset is None else offset, device=wave.device)
-        vqt = crop(vqt, offset.expand(len(wave)))
-        if not self.hides_mel:
-            return torch.stack(self.encode(mel, vqt))
-        blind = torch.stack(self.encode(mel[:0], vqt))
-        if "con" not in self.class_tokens:  # mel was never shown
-            return blind
-        x, n = torch.stack(self.encode(mel, vqt)), len(self.class_tokens)
-        return torch.cat([blind[:, :, :1], x[:, :, 1:n], (blind + x)[:, :, n:] / 2], dim=2)  # eq comes first
+        The equivariant token comes from the first pass, the contrastive one from the last. Sequence tokens
+        are the mean of all (ours; measured, one run: a chord probe reads .77 from it, .67 from the pass with
+        mel)."""
+        x, n = self.passes(wave, offset), len(self.class_tokens)
+        return torch.cat([x[0, :, :, :1], x[-1, :, :, 1:n], x.mean(0)[:, :, n:]], dim=2)  # eq comes first
 
     def pitch(self, wave, offsets=(N_OFFSETS // 2,)):
         """y alone at several crops, with one front end for all: wave [B, T] -> [len(offsets), B, 12]."""
@@ -456,9 +482,11 @@ class TUNe(nn.Module):
         start = (wave.shape[1] + short - self.SAMPLES) // 2
         x = F.pad(wave, (0, short))[:, None, start:start + self.SAMPLES]  # [B, 1, 59,049]
         stages, up = [], self.config.expansion
-        for i, conv in enumerate(self.down):  # SampleCNN pools after its inner convolutions, TUNe before
-            x = conv(F.max_pool1d(x, 3) if up and i else x)
-            x = F.max_pool1d(x, 3) if not up and 0 < i < 10 else x
+        for i, conv in enumerate(self.down):
+            if up:  # TUNe pools before every convolution but the first
+                x = conv(F.max_pool1d(x, 3) if i else x)
+            else:  # SampleCNN pools after every one but the first and the last
+                x = conv(x) if i in (0, 10) else F.max_pool1d(conv(x), 3)
             stages.append(x)
         for i in range(up):
             x = self.join[i](torch.cat([self.grow[i](x), stages[3 - i]], dim=1))
@@ -474,26 +502,12 @@ class TUNe(nn.Module):
         return self.head_con(self.layers(wave)[-1].mean(1))
 
 
+def build(config):
+    """The encoder that a config describes, with fresh weights."""
+    return TUNe(config) if config.encoder == "tune" else MT2(config)
+
+
 # ---- Losses ---------------------------------------------------------------------------------------------
-
-def world_size():
-    """Processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_sum(x):
-    """Sum over all processes; backward sums their gradients."""
-    return x if world_size() == 1 else dist_nn.all_reduce(x)
-
-
-def gather(x):
-    """[n, ...] of each process -> [world_size n, ...], without gradient."""
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
 
 class NTXent(torch.autograd.Function):
     """NT-Xent of rows x [n, P], the first half a, the second b, with its gradient in closed form.
@@ -806,6 +820,11 @@ class SyntheticMusic:
 
 # ---- Data: a folder of music ----------------------------------------------------------------------------
 
+def brief(error):
+    """The start of an error's message, on one line."""
+    return " ".join(str(error).split())[:80] or type(error).__name__
+
+
 class AudioFolder(Dataset):
     """Two random segments [2, samples] of each track (file) below `root`: wav, flac, ogg, mp3, any rate.
 
@@ -844,7 +863,7 @@ class AudioFolder(Dataset):
                 return self.read(self.files[index], a, b)
             except Exception as error:  # a broken file may raise anything; it is named and counted
                 name = self.files[index].encode(errors="backslashreplace").decode()  # may not be valid text
-                self.skipped[name] = " ".join(str(error).split())[:100] or type(error).__name__
+                self.skipped[name] = brief(error)
             index = int(torch.randint(len(self.files), (), generator=generator))
         file, why = next(iter(self.skipped.items()))
         raise RuntimeError(f"{self.root}: none of {len(self.files)} files can be used; {file}: {why}")
@@ -859,8 +878,8 @@ class AudioFolder(Dataset):
         try:
             sound = soundfile.SoundFile(os.fsencode(file))
         except RuntimeError as error:
-            self.unopened[file] = str(error)
-            raise
+            self.unopened[file] = str(error).rpartition(": ")[2]  # without the name
+            raise ValueError(self.unopened[file]) from None
         with sound:
             rate, length = sound.samplerate, round(self.seconds * sound.samplerate)
             room = sound.frames - length  # places where a segment can start
@@ -1046,16 +1065,6 @@ def losses(model, batch, g):
     return terms
 
 
-def build(config):
-    """The encoder that a config describes, with fresh weights."""
-    return TUNe(config) if config.encoder == "tune" else MT2(config)
-
-
-def brief(error):
-    """The start of an error's message, on one line."""
-    return " ".join(str(error).split())[:80] or type(error).__name__
-
-
 def save(path, content):
     """torch.save that leaves the old file or the new one, whenever the process or the machine dies."""
     temporary = path.with_suffix(".tmp")
@@ -1071,23 +1080,20 @@ def save(path, content):
 
 
 def read_checkpoint(path, *needed):
-    """-> content and its Config. Plain data and tensors only (weights_only): nothing in a file can run."""
+    """-> content and its model. Plain data and tensors only (weights_only): nothing in a file can run."""
     data = io.BytesIO(Path(path).read_bytes())  # if the disk fails, the file is not to blame
     try:
         content = torch.load(data, map_location="cpu", weights_only=True)
         if missing := {"model", "config", *needed} - content.keys():
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
-        return content, Config(**content["config"])
+        model = build(Config(**content["config"]))
+        model.load_state_dict(content["model"])
+        if not all(x.isfinite().all() for x in model.state_dict().values()):
+            raise ValueError("weights are not finite")
+        return content, model
     except Exception as error:  # a hostile or broken file may raise anything
         what = f"cut, foreign or not a checkpoint of mt2 ({brief(error)})"
         raise ValueError(f"{path}: {what}; name another folder") from None
-
-
-def fill(model, weights):
-    """Weights into a model. ValueError, RuntimeError or whatever comes of a hostile file."""
-    model.load_state_dict(weights)
-    if not all(x.isfinite().all() for x in model.state_dict().values()):
-        raise ValueError("weights are not finite")
 
 
 def set_aside(path, error):
@@ -1100,16 +1106,11 @@ def set_aside(path, error):
 
 def load(path, device="cpu"):
     """Run folder or model.pt -> model in eval mode. FileNotFoundError and ValueError say what is wrong."""
-    path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    path = path if path.is_file() or path.suffix == ".pt" else path / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train: python mt2.py --out {path.parent}")
-    content, config = read_checkpoint(path)
-    try:
-        model = build(config)
-        fill(model, content["model"])
-    except Exception as error:
-        raise ValueError(f"{path}: weights do not fit its config ({brief(error)})") from None
-    return model.to(device).eval()
+    return read_checkpoint(path)[1].to(device).eval()
 
 
 def resume(config, out):
@@ -1123,12 +1124,12 @@ def resume(config, out):
         return None
     try:
         state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
-        if type(state["step"]) is not int or not 0 < state["step"] <= theirs.steps:
+        if type(state["step"]) is not int or not 0 < state["step"] <= theirs.config.steps:
             raise ValueError(f"{out}/state.pt: its step lies outside of its run; name another folder")
     except ValueError as error:
         set_aside(out / "state.pt", error)
     for name in (f.name for f in dataclasses.fields(Config)):
-        mine, other = getattr(config, name), getattr(theirs, name)
+        mine, other = getattr(config, name), getattr(theirs.config, name)
         if name in ("data", "init"):
             mine, other = (x and os.path.normpath(x) for x in (mine, other))  # music/ is music
         if mine != other and name not in ("out", "device", "workers", "save_every"):  # may differ
@@ -1137,32 +1138,30 @@ def resume(config, out):
     return state
 
 
-def lock(file):
-    """The open file, which no other process can lock until it is closed. ValueError if another has it."""
+def open_log(path, columns, last_step):
+    """A CSV to append to, cut off after the rows up to last_step: never a gap, a repeat or half a line.
+
+    It stays locked: two runs at once in one folder would spoil each other's saves."""
+    file = open(path, "a+", buffering=1, encoding="ascii", errors="replace", newline="\n")
     with contextlib.suppress(ImportError, OSError):  # Windows, or a disk without locks
         import fcntl
         try:
             # it ends with the process, however that ends; workers do not inherit it
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"{file.name}: another run is writing here; name another --out") from None
-    return file
-
-
-def open_log(path, columns, last_step):
-    """A CSV to append to, cut back to whole rows up to last_step: never a gap, a repeat or half a line.
-
-    It stays locked: two runs at once in one folder would spoil each other's saves."""
-    with lock(open(path, "a")):
-        text = path.read_text(errors="replace")
-    header, *rows = text.splitlines() or [",".join(columns)]  # new, or empty by a power cut
-    if header != ",".join(columns):
+            raise ValueError(f"{path}: another run is writing here; name another --out") from None
+    header, end = ",".join(columns) + "\n", 0  # end of what is kept, in bytes
+    file.seek(0)
+    for line in file.read().splitlines(keepends=True):
+        step, whole = line.split(",")[0], line.endswith("\n") and line.count(",") == len(columns) - 1
+        if line != header and not (end and whole and step.isdigit() and int(step) <= last_step):
+            break
+        end += len(line)
+    if not end and path.stat().st_size:
         raise ValueError(f"{path}: not a log of mt2; name another --out")
-    rows = [row.split(",") for row in rows]
-    rows = [r for r in rows if len(r) == len(columns) and r[0].isdigit() and int(r[0]) <= last_step]
-    path.with_suffix(".tmp").write_text("\n".join(",".join(row) for row in (columns, *rows)) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-    return lock(open(path, "a", buffering=1))  # a whole line at a time
+    file.truncate(end)
+    file.write("" if end else header)
+    return file
 
 
 def pick_device(name):
@@ -1223,7 +1222,9 @@ def train(config):
     def hear(number, frame):  # the step ends first
         told.append(number)
         signal.signal(number, signal.SIG_DFL)
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    with contextlib.suppress(ValueError):  # outside of the main thread no signal is heard
+        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return run(config, told)
     finally:
@@ -1261,14 +1262,13 @@ def run(config, told):
             raise ValueError(f"--init {c.init}: a model of another shape; give its --size, --tasks")
         model.load_state_dict(theirs.state_dict())
     model.to(device).train()
-    kinds = nn.Linear, nn.Conv1d, nn.ConvTranspose1d
-    matrices = [m.weight for m in model.modules() if isinstance(m, kinds)]
-    other = [p for p in model.parameters() if all(p is not w for w in matrices)]
-    groups = [{"params": matrices}, {"params": other, "weight_decay": 0.0}]
+    groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for name, p in model.named_parameters():
+        groups[p.ndim < 2 or name in ("cls", "position")]["params"].append(p)
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=device.type != "mps")
     if state:
+        model.load_state_dict(state["model"])
         try:
-            fill(model, state["model"])
             # moments alone: options stay as they were set above
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
             for p in model.parameters():
@@ -1282,10 +1282,10 @@ def run(config, told):
             what = f"{out}/state.pt: does not fit its own config ({brief(error)}); name another folder"
             set_aside(out / "state.pt", what)
 
-    # music: chunks of fresh tracks go into a ring, the pool, which holds two batches before the first step
-    slots = -(-c.pool // c.fresh)  # chunks that the ring holds, rounded up
-    ahead = min(slots, -(-2 * c.batch // c.fresh))  # chunks before the first step
-    chunk = max(0, done + ahead - slots)  # a resumed run fills its ring again, with the same music
+    # music: chunks of `fresh` tracks go round a ring, the pool; step s needs all chunks before s + ahead
+    slots = math.ceil(c.pool / c.fresh)                   # chunks that the ring holds
+    ahead = min(slots, math.ceil(2 * c.batch / c.fresh))  # two batches lie there before the first step
+    chunk = max(0, done + ahead - slots)  # the next to come; a resumed run fills its ring with the same music
     stream, chunks = music_stream(c, rank, device, chunk, c.steps - 1 + ahead)
     pool, skipped = None, {}
 
@@ -1300,12 +1300,13 @@ def run(config, told):
               f"at chance {', '.join(chance[t] for t in c.tasks)}; {out}: steps {done} to {c.steps}",
               flush=True)
         sounds = {"generated": SyntheticMusic(999).batch(128, 0)} if "eq" in c.tasks else {}
-        if c.data and "eq" in c.tasks:
+        if c.data:  # 64 of its tracks, without labels, the same at every save; if none can be used, stop now
             g, folder = torch.Generator().manual_seed(0), stream.folder
-            # 64 of its tracks, without labels, the same at every save
-            sounds["folder"] = torch.stack([folder.pair(i % len(folder), g) for i in range(64)]), {}
+            tracks = torch.stack([folder.pair(i % len(folder), g) for i in range(64)])
+            sounds |= {"folder": (tracks, {})} if "eq" in c.tasks else {}
     bad, begin = 0, time.time()  # updates that failed in a row; speed counts from here
     bar = tqdm(total=c.steps, initial=done, unit="step", disable=rank > 0, dynamic_ncols=True)
+    say = bar.write if rank == 0 else str  # str: says nothing
     for step in range(done, c.steps):
         # fresh tracks into the pool, a batch out of it
         while chunk < step + ahead:
@@ -1314,8 +1315,9 @@ def run(config, told):
             for ring, x in zip(pool, fresh):
                 ring[chunk % slots] = x.to(device)
             if new := [f"{file} ({why})" for file, why in found.items() if file not in skipped]:
-                named, skipped = "; ".join(new[:3]) if len(skipped) < 3 else "and more", skipped | found
-                bar.write(f"skipped {len(skipped)} files that cannot be used: {named}")
+                named = "; ".join(new[:3]) if len(skipped) < 3 else "and more"
+                skipped |= found
+                say(f"skipped {len(skipped)} files that cannot be used: {named}")
             chunk += 1
         g = stream.generator(step)
         pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # no repeats
@@ -1340,7 +1342,7 @@ def run(config, told):
             for b, before in zip(model.buffers(), statistics):
                 b.copy_(before)
             what = ", ".join(k for k, v in values.items() if not math.isfinite(v)) or "the gradient"
-            bar.write(f"step {step + 1}: {what} is not finite, update skipped ({bad} in a row)")
+            say(f"step {step + 1}: {what} is not finite, update skipped ({bad} in a row)")
             if bad == 10:
                 raise FloatingPointError(f"{out}: ten updates in a row are not finite; lower --lr")
 
@@ -1358,7 +1360,7 @@ def run(config, told):
             for sound, (waves, labels) in sounds.items() if due else ():
                 m = monitor(model, waves.to(device), labels.get("key_signature"))
                 watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")
-                bar.write(f"step {step + 1}, {sound} music: {verdict(m)}")
+                say(f"step {step + 1}, {sound} music: {verdict(m)}")
             if (due or stop) and not bad:
                 content = {"config": dataclasses.asdict(c), "model": model.state_dict()}
                 save(out / "state.pt", content | {"optimizer": optimizer.state_dict(), "step": step + 1})

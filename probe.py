@@ -74,12 +74,11 @@ def of_model(model, spectra):
 
 def attention(model, wave):
     """Attention to frames by class tokens and, on average, by frames: {name: [blocks, B, heads, frames]}."""
-    inputs, n = [], len(model.class_tokens)  # what each block is given
-    hooks = [b.register_forward_pre_hook(lambda block, x: inputs.append((block, *x))) for b in model.blocks]
-    model.layers(wave)  # all blocks without mel where that is hidden from eq, then all blocks with it
-    [hook.remove() for hook in hooks]  # the model is left as it was
+    n, passes = len(model.class_tokens), model.passes(wave)  # layer i of a pass is what block i is given
+    def look(block, x):
+        return block.attention(*block.project(x)[:2])[..., n:]  # [B, heads, N, frames]
     # [passes, blocks, B, heads, N, frames]
-    maps = torch.stack([block.attention(x)[..., n:] for block, x in inputs]).unflatten(0, (-1, len(hooks)))
+    maps = torch.stack([torch.stack([*map(look, model.blocks, layers)]) for layers in passes])
     paid = {name: maps[0 if name == "eq" else -1, ..., i, :] for i, name in enumerate(model.class_tokens)}
     return paid | {"seq": maps.mean(0)[..., n:, :].mean(3)}
 
@@ -316,7 +315,7 @@ def event_task(name, truth, owner, now):
         peak, held, values = peaks(p), torch.isin(owner, valid), []  # held: windows of validation files
         # one threshold for all: as many peaks on validation files as they hold events
         heights = F.pad(p[held][peak[held]].sort(descending=True).values, (0, 1))  # at least one: 0
-        least = heights[min(int(y[held, :-1].sum()), len(heights)) - 1]
+        least = heights[min(max(int(y[held, :-1].sum()), 1), len(heights)) - 1]
         for file in test.tolist():
             mine = owner == file
             true = truth[file][truth[file] < now[mine].max().item()]  # of a long file only the start is read
@@ -488,10 +487,13 @@ def collect(systems, batches, device):
     for waves, files, start, frames in batches:
         waves = waves.to(device)
         owner.append(files)
-        local += [files] * frames  # `frames` counts as 0 or 1
-        now += [start[:, None] + torch.arange(mt2.FRAMES) * HOP_S] * frames
+        if frames:
+            local.append(files)
+            now.append(start[:, None] + torch.arange(mt2.FRAMES) * HOP_S)
         for name, read in systems.items():
-            for readout, x in read(waves).items() if frames or not name[0].endswith(" attention") else ():
+            if not frames and name[0].endswith(" attention"):  # which has nothing but frames
+                continue
+            for readout, x in read(waves).items():
                 if frames or x.ndim == 3:
                     x = x if x.ndim == 3 else x.half()  # frames are many
                     need(x.isfinite().all(), f"{name[0]}, {readout}: NaN, infinity or beyond half precision")
@@ -723,7 +725,7 @@ def measure(models, others, args, device):
         wrong, asked, edges = sorted({*asked} - {*names}), asked or names, np.cumsum((0, *COUNTS))
         need(not wrong, f"--task {wrong[:1]}: generated music has {', '.join(names)}; for others give --data")
         parts = dict.fromkeys(names, [torch.arange(a, b) for a, b in zip(edges, edges[1:])])
-        batches, total = generated(truth), sum(COUNTS) // CHUNK
+        batches, total = generated(truth), sum(COUNTS) // CHUNK  # truth fills as the music is made
     ready(out / "results.json")
     if models := list(models):
         torch.manual_seed(0)  # the untrained twin of the last model
@@ -818,7 +820,7 @@ def command_key(args):
 
 def command_figures(args):
     """Of a sound file: ssm.png (its first 32 s), attention.png (4 s) and circle.png (a minute; needs eq)."""
-    device, out = mt2.pick_device(args.device), Path(args.out or "figures")
+    device, out = mt2.pick_device(args.device), Path(args.out or "pictures")
     open_sound(*args.file).close()  # before a folder is made for nothing
     ready(out / "ssm.png")
     model, waves = mt2.load(args.run, device), cut(*args.file)[:15].to(device)
@@ -872,6 +874,8 @@ def main(words=None):
         args.function(args)
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         sys.exit(f"probe: {(str(error) or type(error).__name__).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit("probe: stopped")
 
 if __name__ == "__main__":
     main()

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,9 @@ def test_an_offset_is_an_int_or_one_per_clip_and_the_middle_by_default():
     assert_close(net.pitch(wave, (3, 8))[:, 0], torch.stack([y[0], net(wave).y[0]]), rtol=1e-4, atol=1e-6)
     assert (y[0] - net(wave).y[0]).abs().max() > 1e-3
     assert torch.equal(y, net(wave, torch.tensor([3, 8], dtype=torch.uint8)).y)  # an index, not a mask
+    for beyond in (16, -1, torch.tensor([3, 16])):
+        with pytest.raises(ValueError, match="offset must lie between 0 and 15"):
+            net(wave, beyond)
 
 
 def test_the_equivariant_token_is_blind_to_mel_and_the_contrastive_one_is_not():
@@ -512,7 +516,7 @@ def test_a_folder_gives_what_is_usable_and_names_the_rest(zoo):
         patch.setattr(soundfile, "SoundFile", None)
         folder.read(mp3, 0, 0)
     assert folder.skipped == before
-    assert all(reason and "\n" not in reason for reason in folder.skipped.values())
+    assert all(reason and not {"\n", "/"} & {*reason} for reason in folder.skipped.values())  # no path twice
 
 
 def test_the_same_generator_gives_the_same_segments_whatever_was_read_before(zoo):
@@ -747,8 +751,9 @@ def test_a_saved_model_loads_as_it_was_and_may_start_another_run(unbroken, tmp_p
     assert all(torch.equal(value, weights(unbroken)[name]) for name, value in net.state_dict().items())
     run = train(tiny(tmp_path / "next", init=str(unbroken), steps=1, lr=1e-9))
     assert_close(dict(load(run).named_parameters()), dict(net.named_parameters()), rtol=1e-4, atol=1e-6)
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        load(tmp_path / "nothing")
+    for path in (tmp_path / "nothing", tmp_path / "nothing" / "model.pt"):  # the remedy makes what was asked for
+        with pytest.raises(FileNotFoundError, match=f"no such checkpoint.* --out {tmp_path / 'nothing'}$"):
+            load(path)
 
 
 def test_same_seed_same_run_other_seed_other_run_and_a_finished_run_is_left_alone(unbroken, tmp_path):
@@ -795,7 +800,7 @@ mt2.train(mt2.Config(**json.loads(sys.argv[1])))
 
 
 def test_kill_9_during_a_save_leaves_a_run_that_goes_on_as_if_unbroken(unbroken, tmp_path):
-    moments = (3, 4, 8)  # os.replace puts log.csv and monitor.csv in place, then two files per save
+    moments = (1, 2, 6)  # os.replace puts two files in place per save
     runs = [python("-c", KILLED, json.dumps(TINY | {"out": str(tmp_path / str(i))}), i) for i in moments]
     for i, run in zip(moments, runs):
         run.communicate(timeout=100)
@@ -852,6 +857,11 @@ def test_kill_9_at_random_moments_costs_nothing(songs, tmp_path):
     assert_close(weights(tmp_path / "run"), weights(whole), rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_may_train_outside_of_the_main_thread(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert len(log_of(pool.submit(train, tiny(tmp_path, steps=2)).result())) == 2
+
+
 def test_ctrl_c_that_reaches_the_workers_too_costs_nothing(songs, tmp_path):
     def interrupt(n, batch):
         for worker in multiprocessing.active_children() if n == 2 else ():
@@ -904,9 +914,13 @@ def test_a_config_holds_plain_values_which_a_checkpoint_may_hold(tmp_path):
     config = Config(out=tmp_path, init=Path("x"), lr=np.float32(1e-3), batch=np.int64(4), tasks=["eq", "con"])
     kinds = {f.name: f.type for f in dataclasses.fields(Config)}
     assert all(type(value) is kinds[name] for name, value in dataclasses.asdict(config).items())
-    for odd in (dict(frames=5.5), dict(steps="5"), dict(lr="fast"), dict(steps=math.inf), dict(seed=None)):
-        with pytest.raises(ValueError, match=f"--{[*odd][0]} .*must be (int|float)"):
+    for odd in (dict(frames=5.5), dict(steps="5"), dict(lr="fast"), dict(steps=math.inf), dict(seed=None),
+                dict(data=None)):
+        with pytest.raises(ValueError, match=f"--{[*odd][0]} .*must be (int|float|str)"):
             Config(**odd)
+    with pytest.raises(ValueError, match="--tasks eq: waveform encoders learn con alone"):
+        Config(encoder="tune", tasks="eq")
+    assert Config(encoder="tune").tasks == ("con",)
 
 
 def test_somebody_elses_log_is_refused_and_untouched(tmp_path):
@@ -1286,14 +1300,15 @@ def test_a_bad_flag_gets_one_line_that_names_it(flags, monkeypatch, capsys, tmp_
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("tasks", ["eq,con", "con"])  # con meets no folder before its workers do
+@pytest.mark.parametrize("tasks, easy", [("eq,con", 0), ("con", 0), ("con", 0.4)])
 def test_a_folder_with_nothing_usable_ends_in_one_line_that_says_why(
-        tasks, workers, monkeypatch, capsys, tmp_path):
+        tasks, easy, workers, monkeypatch, capsys, tmp_path):
     (tmp_path / "words.wav").write_text("words")
     flags = FLAGS + ["--out", tmp_path / "run", "--data", tmp_path, "--workers", workers, "--tasks", tasks]
-    flags += ["--easy", 0]
+    flags += ["--easy", easy]  # with generated music first, it is known all the same before the first step
     code, lines = run_main(monkeypatch, capsys, *flags)
     assert code != 0 and len(lines) == 1 and str(tmp_path) in lines[0] and "can be used" in lines[0], lines
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 1
     # the iterator of a worker that failed is freed by the collector, which waits so long for each worker
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     gc.collect()
@@ -1425,6 +1440,14 @@ def test_events_beyond_what_was_read_are_not_missed():
     owner, now = torch.zeros(2, dtype=torch.long), torch.arange(126) * 0.032 + torch.tensor([[0.0], [4.0]])
     task = probe.event_task("beat", [np.arange(0.5, 240, 0.5)], owner, now)  # 240 s, 8 of them read
     assert task.score(task.y, owner[:1], owner[:1])["f_measure"] == 1
+
+
+def test_without_an_event_in_validation_the_surest_peak_alone_is_an_event():
+    now = torch.arange(126) * 0.032 + torch.zeros(2, 1)
+    task = probe.event_task("onset", [np.array([]), np.array([1.0])], torch.arange(2), now)
+    p = torch.zeros(2, 126, 1)
+    p[:, [31, 60, 90], 0] = torch.tensor([0.9, 0.2, 0.3])  # 31: at 1 s
+    assert task.score(p, torch.tensor([1]), torch.tensor([0]))["f_measure"] == 1
 
 
 def test_a_sound_file_that_was_cut_short_is_named(tmp_path):
@@ -1584,6 +1607,13 @@ def test_a_run_named_like_a_reference_is_refused(small_run, capsys):
                                    ["--encoder", "no_such_module:f"], ["--colour"], []])
 def test_probe_refuses_what_is_not_there_in_one_line(capsys, words):
     assert probe_main(capsys, *words).startswith("probe: ")
+
+
+def test_ctrl_c_ends_a_probe_in_one_line(small_run, capsys, monkeypatch):
+    def interrupt(files):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(probe, "sounds", interrupt)
+    assert probe_main(capsys, "key", small_run / "run", small_run / "song0.wav") == "probe: stopped"
 
 
 def test_any_callable_is_an_encoder(small_run, short_probe, capsys, monkeypatch):
