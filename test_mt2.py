@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -936,6 +937,14 @@ def test_a_folder_written_with_a_slash_is_the_same_folder(songs, tmp_path, capsy
     assert "already trained" in capsys.readouterr().out
 
 
+def test_a_log_is_cut_back_to_whole_rows_up_to_the_last_save(tmp_path):
+    kept = "step,loss\n1,0.5\n2,0.4\n"
+    for more in ("", "3", "3,0.3", "3,\n", "2\n", "4,0.2\n", "\0\0\n3,0.3\n"):  # 3 is the last save
+        (tmp_path / "log.csv").write_text(kept + more)
+        mt2.open_log(tmp_path / "log.csv", ("step", "loss"), 3).close()
+        assert (tmp_path / "log.csv").read_text() == kept + ("3,\n" if more == "3,\n" else ""), more
+
+
 def test_an_empty_log_of_a_power_cut_does_not_block_the_run(unbroken, tmp_path):
     interrupted(tiny(tmp_path), 4)
     (tmp_path / "log.csv").write_text("")
@@ -1017,6 +1026,20 @@ def test_a_state_with_content_that_cannot_be_is_set_aside(spoil, tmp_path):
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="state.pt: .*set aside as broken-"):
         train(tiny(tmp_path))
+
+
+@pytest.mark.parametrize("more", [{}, dict(encoder="tune", batch=2, fresh=2)])
+def test_weight_decay_is_for_matrices_only(more, tmp_path, monkeypatch):
+    groups = []
+    adamw = lambda params, **how: groups.extend(params) or torch.optim.SGD(params, lr=0.0)
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    train(tiny(tmp_path, steps=1, **more))
+    kinds = torch.nn.Linear, torch.nn.Conv1d, torch.nn.ConvTranspose1d
+    net = mt2.build(tiny(tmp_path, **more))
+    shapes = lambda params: sorted(tuple(p.shape) for p in params)
+    matrices = [m.weight for m in net.modules() if isinstance(m, kinds)]
+    assert shapes(groups[0]["params"]) == shapes(matrices) and groups[1]["weight_decay"] == 0
+    assert len(groups[0]["params"]) + len(groups[1]["params"]) == len([*net.parameters()])
 
 
 def test_options_in_a_state_do_not_replace_those_of_the_optimizer(unbroken, tmp_path):
@@ -1299,16 +1322,23 @@ def test_a_bad_flag_gets_one_line_that_names_it(flags, monkeypatch, capsys, tmp_
     assert Path("file").read_text() == "precious" and {p.name for p in Path().iterdir()} == {"empty", "file"}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("tasks, easy", [("eq,con", 0), ("con", 0), ("con", 0.4)])
-def test_a_folder_with_nothing_usable_ends_in_one_line_that_says_why(
-        tasks, easy, workers, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("tasks, easy", [("eq,con", 0), ("con", 0.4)])  # 0.4: generated music comes first
+def test_a_folder_with_nothing_usable_ends_in_one_line_before_the_first_step(
+        tasks, easy, monkeypatch, capsys, tmp_path):
     (tmp_path / "words.wav").write_text("words")
-    flags = FLAGS + ["--out", tmp_path / "run", "--data", tmp_path, "--workers", workers, "--tasks", tasks]
-    flags += ["--easy", easy]  # with generated music first, it is known all the same before the first step
+    flags = FLAGS + ["--out", tmp_path / "run", "--data", tmp_path, "--tasks", tasks, "--easy", easy]
     code, lines = run_main(monkeypatch, capsys, *flags)
     assert code != 0 and len(lines) == 1 and str(tmp_path) in lines[0] and "can be used" in lines[0], lines
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_that_is_emptied_meanwhile_ends_in_one_line(workers, songs, monkeypatch, capsys, tmp_path):
+    shutil.copytree(songs, tmp_path / "songs")
+    at_step(monkeypatch, lambda n, batch: shutil.rmtree(tmp_path / "songs", ignore_errors=True))
+    flags = ["--out", tmp_path / "run", "--data", tmp_path / "songs", "--tasks", "con", "--easy", 0, "--steps", 30]
+    code, lines = run_main(monkeypatch, capsys, *FLAGS, *flags, "--workers", workers)
+    assert code != 0 and "none of 8 files can be used" in lines[-1] and "gone" in lines[-1], lines
     # the iterator of a worker that failed is freed by the collector, which waits so long for each worker
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     gc.collect()
