@@ -910,13 +910,14 @@ class Stream(Dataset):
     A function of (config, rank, i) and the files, so that a run can stop and go on anywhere."""
 
     def __init__(self, config, rank=0):
-        self.config, self.seed = config, (config.seed + 1) * 4096 + rank
+        self.config, self.seed = config, config.seed * 4096 + rank
         self.folder = AudioFolder(config.data, gap=config.gap) if config.data else None
-        self.music, self.front_end = SyntheticMusic(self.seed), FrontEnd()
+        # music of seeds below 4096 is never trained on: it calibrates, watches and tests
+        self.music, self.front_end = SyntheticMusic(4096 + self.seed), FrontEnd()
 
     def generator(self, i):
         """Randomness of chunk or step i; torch reads only the low 32 bits of a seed."""
-        return torch.Generator().manual_seed(((self.seed - 4096) * 1_000_003 + i) % 2 ** 32)
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2 ** 32)
 
     def __getitem__(self, i):
         c, progress = self.config, i / self.config.steps
@@ -1216,7 +1217,8 @@ def train(config):
     """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.
 
     SIGINT and SIGTERM save and raise SystemExit, the second one kills; ValueError, OSError, RuntimeError and
-    FloatingPointError say in one line what is wrong."""
+    FloatingPointError say in one line what is wrong. On CPU the caller's threads and memory are set as well
+    (`music_stream`)."""
     told = []
 
     def hear(number, frame):  # the step ends first
