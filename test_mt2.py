@@ -752,8 +752,9 @@ def test_a_saved_model_loads_as_it_was_and_may_start_another_run(unbroken, tmp_p
     assert all(torch.equal(value, weights(unbroken)[name]) for name, value in net.state_dict().items())
     run = train(tiny(tmp_path / "next", init=str(unbroken), steps=1, lr=1e-9))
     assert_close(dict(load(run).named_parameters()), dict(net.named_parameters()), rtol=1e-4, atol=1e-6)
-    for path in (tmp_path / "nothing", tmp_path / "nothing" / "model.pt"):  # the remedy makes what was asked for
-        with pytest.raises(FileNotFoundError, match=f"no such checkpoint.* --out {tmp_path / 'nothing'}$"):
+    nothing = tmp_path / "nothing"
+    for path in (nothing, nothing / "model.pt"):  # the remedy makes what was asked for
+        with pytest.raises(FileNotFoundError, match=f"no such checkpoint.* --out {nothing}$"):
             load(path)
 
 
@@ -1334,9 +1335,9 @@ def test_a_folder_with_nothing_usable_ends_in_one_line_before_the_first_step(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_that_is_emptied_meanwhile_ends_in_one_line(workers, songs, monkeypatch, capsys, tmp_path):
-    shutil.copytree(songs, tmp_path / "songs")
-    at_step(monkeypatch, lambda n, batch: shutil.rmtree(tmp_path / "songs", ignore_errors=True))
-    flags = ["--out", tmp_path / "run", "--data", tmp_path / "songs", "--tasks", "con", "--easy", 0, "--steps", 30]
+    folder = shutil.copytree(songs, tmp_path / "songs")
+    at_step(monkeypatch, lambda n, batch: shutil.rmtree(folder, ignore_errors=True))
+    flags = ["--out", tmp_path / "run", "--data", folder, "--tasks", "con", "--easy", 0, "--steps", 30]
     code, lines = run_main(monkeypatch, capsys, *FLAGS, *flags, "--workers", workers)
     assert code != 0 and "none of 8 files can be used" in lines[-1] and "gone" in lines[-1], lines
     # the iterator of a worker that failed is freed by the collector, which waits so long for each worker
