@@ -339,6 +339,28 @@ def test_in_training_eq_reaches_only_the_equivariant_views_and_mel_only_the_cont
     assert plain["cpsd"] == other_mel["cpsd"] and (plain["nt_xent"] - other_mel["nt_xent"]).abs() > 1e-3
 
 
+def test_an_equivariant_model_that_hides_mel_has_no_mel_branch():
+    assert tiny(tasks="eq").inputs == model(tasks="eq").config.inputs == ("vqt",)
+    assert tiny(tasks="eq", hide_mel=0).inputs == ("mel", "vqt")
+
+
+def test_each_task_has_views_of_its_own_length_and_frames(monkeypatch):
+    net, seen = model(frames=6, con_frames=2), []
+    encode = net.encode
+
+    def spy(mel, vqt, frames, **how):
+        seen.append((mel if mel is None else tuple(mel.shape), tuple(vqt.shape), tuple(frames.tolist())))
+        return encode(mel, vqt, frames, **how)
+    monkeypatch.setattr(net, "encode", spy)
+    for seed in (1, 2):
+        mt2.losses(net, [noise(5, 2, 126, bins, seed=bins) for bins in (128, 99)], seeded(seed))
+    (con, eq), (other_con, other_eq) = seen[:2], seen[2:]
+    assert con[:2] == ((10, 2, 128), (10, 2, 84)) and eq[:2] == (None, (15, 6, 84))  # A, B; A, B, A'
+    for frames in (con[2], eq[2]):
+        assert list(frames) == sorted(set(frames)) and set(frames) <= set(range(126))
+    assert con[2] != other_con[2] and eq[2] != other_eq[2]  # of every step its own
+
+
 def test_each_loss_reads_both_segments():
     mel, vqt = (30 * noise(6, 2, 126, bins, seed=bins) - 60 for bins in (128, 99))  # dB
     plain = mt2.losses(model(), [mel, vqt], seeded(1))
