@@ -1202,12 +1202,12 @@ def test_every_step_sees_a_whole_batch_whatever_the_pool(tmp_path):
     assert sizes == [5, 5, 5]
 
 
-def test_sixty_steps_of_a_tiny_model_learn_key_and_no_shortcut(tmp_path):
+def test_a_hundred_steps_of_a_tiny_model_learn_key_and_no_shortcut(tmp_path):
     net = dict(tasks="eq", dim=48, heads=3)
-    run = train(tiny(tmp_path, **net, frames=8, batch=128, pool=512, steps=60, save_every=60, warmup=10,
+    run = train(tiny(tmp_path, **net, frames=8, batch=128, pool=512, steps=100, save_every=100, warmup=10,
                      lr=8e-3, easy=0.5))
     falling = log_of(run)[:, 3]
-    assert 2.9 < falling[:5].mean() < 3.1 and falling[-10:].mean() < 2.8  # measured: 2.59 to 2.64
+    assert 2.9 < falling[:5].mean() < 3.1 and falling[-10:].mean() < 2.7  # eight seeds: 2.55 to 2.62
     waves, labels = SyntheticMusic(22).batch(96, 0)
     before, after = (monitor(net, waves, labels["key_signature"]) for net in (model(**net), load(run)))
     assert before["follows_key"] < 0.3 and after["follows_key"] > 0.6 and after["follows_offset"] < 0.25
