@@ -5,8 +5,8 @@ A Vision Transformer reads music as one patch per spectrogram frame. Two class t
 the music sounds like (NT-Xent: two segments of one track must agree). Nobody ever tells it a key.
 
 The demo takes less than six minutes on two CPU cores; it then names the key signature of .92 of 138 real
-pieces that nobody had looked at before, and misses nearly all others by a fifth (`python probe.py key`; mean
-of three seeds, torch 2.11, November 2026).
+pieces on which nothing was chosen, and misses nearly all others by a fifth (`python probe.py key`; mean of
+three seeds, torch 2.11, November 2026).
 
     python mt2.py                             # train the demo on generated music, then say what was learned
     python mt2.py --data my_music/            # the same on a folder of wav, flac, ogg and mp3 files
