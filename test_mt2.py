@@ -361,6 +361,14 @@ def test_each_task_has_views_of_its_own_length_and_frames(monkeypatch):
     assert con[2] != other_con[2] and eq[2] != other_eq[2]  # of every step its own
 
 
+def test_the_third_equivariant_view_is_segment_a_again(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mt2, "crop", lambda vqt, offset: seen.append(vqt) or vqt[..., :84])
+    mt2.losses(model(eq_db=0.0), [noise(5, 2, 126, bins, seed=bins) for bins in (128, 99)], seeded(1))
+    a, b, again = seen[1].chunk(3)
+    assert torch.equal(a, again) and not torch.equal(a, b)
+
+
 def test_each_loss_reads_both_segments():
     mel, vqt = (30 * noise(6, 2, 126, bins, seed=bins) - 60 for bins in (128, 99))  # dB
     plain = mt2.losses(model(), [mel, vqt], seeded(1))
