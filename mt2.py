@@ -62,8 +62,8 @@ def knob(default, text, least=None, most=1e9):
 
 @dataclasses.dataclass
 class Config:
-    """The hyper-parameters of a run; AdamW's own stand in `run`. None: by `size`. Raises ValueError for
-    what cannot be."""
+    """The hyper-parameters of a run; AdamW's own stand in `run`. A field of None is set by `size`. Raises
+    ValueError for what cannot be."""
     data: str = knob("", "folder of music; empty: music made on the fly by SyntheticMusic")
     out: str = knob("runs/demo", "run folder: model.pt, state.pt, log.csv, monitor.csv")
     init: str = knob("", "run folder or model.pt whose weights to start from")
@@ -88,7 +88,7 @@ class Config:
     eq_weight: float = knob(10.0, "weight of CPSD beside NT-Xent; ours", 0, 1e6)
     lr: float = knob(None, "peak learning rate; None: by --size; ours", 0, 1e3)
     warmup: int = knob(50, "steps of linear warm-up; ours", 1)
-    fresh: int = knob(12, "new tracks per step; the rest of a batch is drawn from the pool; ours", 1)
+    fresh: int = knob(12, "new tracks per step into the pool, from which batches are drawn; ours", 1)
     pool: int = knob(2048, "tracks that the pool remembers; ours", 1)
     easy: float = knob(0.2, "share of the run with easy music; a ramp as long, then --data; ours", 0, 0.5)
     gap: float = knob(30.0, "seconds between the starts of segments A and B of a file, at most; ours", 0)
@@ -159,7 +159,7 @@ class VQT(nn.Module):
             raise ValueError(f"VQT: the top bin, {freq[-1]:.0f} Hz, must lie below half of {sample_rate} Hz")
         alpha = 2 ** (1 / bins_per_octave) - 1  # bandwidth: from a bin to the next
         length = 1 / (alpha * freq + gamma)  # of each window, in seconds
-        # the mirror image beyond half the rate must miss the window's main lobe: this lengthens bin 98
+        # the main lobe, +-2 / length Hz, must miss the mirror image at sample_rate - f: this lengthens bin 98
         length = length.maximum(1 / (sample_rate / 2 - freq))
         self.hop, self.hops, rate = hop, [], sample_rate  # hops of each octave, from the top down
         self.margin = 0  # hops on either side of the wave that the widest window reaches into
@@ -173,7 +173,7 @@ class VQT(nn.Module):
             hann = 2 * hann / hann.sum(0)  # a sine of amplitude a reads a
             angle = 2 * math.pi * f * t
             kernel = torch.cat([hann * angle.cos(), hann * angle.sin()], dim=1).float()  # [window, 2 x 12]
-            # buffers move with the model; not persistent: no checkpoint carries what is computed anyway
+            # buffers move with the model; not persistent: no checkpoint carries them
             self.register_buffer(f"kernel{len(self.hops)}", kernel, persistent=False)
             self.hops.append(hop)
             self.margin = max(self.margin, half // hop + 1)
@@ -190,8 +190,8 @@ class VQT(nn.Module):
             kernel = self.get_buffer(f"kernel{i}")
             start = self.margin * hop - len(kernel) // 2  # of the first frame's window
             with torch.autocast(wave.device.type, enabled=False):  # in bf16 it would be off by up to 7 dB
-                while now > hop:  # to the rate of the octave
-                    windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)  # 28: the seven that were cut off
+                while now > hop:  # a quarter of the rate, and of the hop
+                    windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)  # 28: 4 x the 7 cut off in front
                     wave, now = (windows @ self.quarter).flatten(1), now // 4
                 windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
                 real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, 12] each
@@ -380,8 +380,8 @@ class MT2(nn.Module):
         offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead of .90).
         Twice: a soft y can point between two pitch classes, where a sharp one snaps to either, and to which
         of them differs from run to run (measured, one run: .70 of real 4 s windows exact instead of .63;
-        three times: .68). Own: with the batch's an hour of training gave up on what it could not tell, to be
-        surer of the rest (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
+        three times: .68). Own: divided by the batch's, an hour of training gave up hard clips to be surer of
+        easy ones (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
         mean = self.offset_mean
         if training:
             same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
@@ -443,9 +443,9 @@ class TUNe(nn.Module):
     """Tailed U-Net on the waveform (Vélez Vásquez & Burgoyne, ISMIR 2022); expansion 0: CLMR's SampleCNN.
 
     TUNe+: contraction by convolution and max-pooling by 3, expansion by transposed convolutions joined with
-    the contraction, a tail down to one vector of 512 joined with the expansion: 2.2 M parameters (SampleCNN:
-    2.4 M), as published. There the input is 59,049 = 3^10 samples at 22,050 Hz; here the middle 59,049 of our
-    64,000 at 16 kHz, so that all pooling divides and every system hears the same music (ours)."""
+    the contraction, a tail down to three frames of 512 joined with the expansion: 2.2 M parameters
+    (SampleCNN: 2.4 M), as published. There the input is 59,049 = 3^10 samples at 22,050 Hz; here the middle
+    59,049 of our 64,000 at 16 kHz: all pooling divides, and every system hears the same music (ours)."""
     SAMPLES, WIDTHS = 3 ** 10, (11, 22, 44, 88, 176)
 
     def __init__(self, config):
@@ -461,7 +461,7 @@ class TUNe(nn.Module):
             self.grow = nn.ModuleList(nn.ConvTranspose1d(w[i + 1], w[i], 3, 3) for i in range(3, 3 - up, -1))
             self.join = nn.ModuleList(conv(2 * w[i], w[i]) for i in range(3, 3 - up, -1))
             tail = [(w[i - 1] + w[i], w[i]) for i in range(5 - up, 5)]  # joined with the expansion
-            tail += [(176, 352), *[(352, 352)] * 3, (352, 512)]  # alone from there, down to one frame
+            tail += [(176, 352), *[(352, 352)] * 3, (352, 512)]  # alone from there, down to three frames
             self.tail = nn.ModuleList(conv(i, o) for i, o in tail)
         else:
             w = (128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512)  # 59,049 to one frame
@@ -545,7 +545,7 @@ class NTXent(torch.autograd.Function):
         """exp((s - 1) / t) of rows i to i + block: all columns, or from i on where the matrix is symmetric.
 
         Cosines s are at most 1, so that exp never overflows and no row maximum is needed."""
-        first, t = i if ctx.whole else 0, ctx.temperature
+        t, first = ctx.temperature, i if ctx.whole else 0
         e = torch.addmm(z.new_full((), -1 / t), z[i:i + ctx.block], columns[first:].T, alpha=1 / t).exp_()
         own = i - first if ctx.whole else i + dist.get_rank() * len(z)
         e.diagonal(own).zero_()  # no clip is its own negative
@@ -557,11 +557,11 @@ class NTXent(torch.autograd.Function):
             raise RuntimeError("nt_xent has a first derivative only: no create_graph")
         z, scale, columns, total, totals = ctx.saved_tensors
         n, block, inverse, inverses = len(z), ctx.block, 1 / total, 1 / totals
-        dz = -2 * z.roll(n // 2, 0)  # Y + Y^T
+        dz = -2 * z.roll(n // 2, 0)  # -(Y + Y^T) z
         for i in range(0, n, block):
             e = NTXent.strip(ctx, z, columns, i) if ctx.kept is None else ctx.kept[i]
             first = i if ctx.whole else 0
-            g = (inverse[i:i + block, None] + inverses[first:]).mul_(e)  # P + P^T
+            g = (inverse[i:i + block, None] + inverses[first:]).mul_(e)  # P + P^T, as e is symmetric
             dz[i:i + block].addmm_(g, columns[first:])
             if ctx.whole and i + block < n:
                 dz[i + block:].addmm_(g[:, block:].T, z[i:i + block])
@@ -575,9 +575,12 @@ def nt_xent(a, b, temperature=0.1):
 
     l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over all 2B rows; under
     torch.distributed over those of all processes, with gradients exact once they are averaged. 0-rows count
-    as orthogonal to all. Identical embeddings give log(2B - 1). ValueError for a and b of unlike shapes."""
+    as orthogonal to all. Identical embeddings give log(2B - 1). ValueError for a and b of unlike shapes, and
+    for a temperature below 0.01, at which exp(-2 / t) is too near to float64's smallest number."""
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"nt_xent: a {list(a.shape)} and b {list(b.shape)} must both be [B, P]")
+    if not temperature >= 0.01:
+        raise ValueError(f"nt_xent: temperature {temperature} must be at least 0.01")
     with torch.autocast(a.device.type, enabled=False):  # exp(s / t) would magnify bf16's error tenfold
         z = torch.cat([a, b])
         z = z.float() if z.element_size() < 4 else z
@@ -597,7 +600,7 @@ def cpsd(y_a, y_b, k, omega=7):
     """Cross-power spectral density: mean of D_k = |exp(2 pi i omega k / 12) - yhat_a conj(yhat_b)|^2.
 
     y_a, y_b [B, 12] probabilities; k int or [B]: b looks k semitones higher than a. 0 if b is a rolled by k
-    and both are one-hot, 1 if one is uniform. In real arithmetic, so that it compiles; in float32."""
+    and both are one-hot, 1 if one is uniform. In real arithmetic, so that it compiles, at least float32."""
     y, k = torch.stack([y_a, y_b]), torch.as_tensor(k, device=y_a.device)
     if k.ndim and k.shape != y_a.shape[:1]:  # [B, 1] would compare all with all
         raise ValueError(f"cpsd: k {list(k.shape)} must be one number or [{len(y_a)}]")
@@ -674,8 +677,9 @@ class SyntheticMusic:
         """-> waves [n, 2, 64000] in [-1, 1] and a dict of labels, each starting with n:
 
         key 0..23 (tonic, + 12 if minor), key_signature 0..11 (tonic of the relative major), instrument 0..9
-        (lead), tempo (BPM); chord [n, 2, 126] of each frame (root, + 12 if minor; 24: none); beats [n, 2, 14]
-        and onsets [n, 2, 56] in seconds, NaN where there is none. `rich` is the share of rich tracks."""
+        (lead), tempo (BPM); chord [n, 2, 126] of each frame (root, + 12 if minor; 24: none, or the tail of a
+        room); beats [n, 2, 14] and onsets [n, 2, 56] in seconds, NaN where there is none. `rich` is the share
+        of rich tracks."""
         rng = random.Random(self.seed * 1_000_003 + step)
         tracks = [self.track(rng, rng.random() < rich) for _ in range(n)]
         waves, *local = zip(*(self.segment(rng, t) for t in tracks for _ in range(2)))  # A, then B
@@ -751,7 +755,7 @@ class SyntheticMusic:
         melody, inner, bass, step = [], ([], [], []), [], rng.randrange(10)
         for beat, (new, degree, scale, triad) in enumerate(chords):
             start = beat * TICKS
-            # melody: a walk over the scale that mostly lands on chord tones
+            # melody: a walk over the scale, moved to a chord tone on most beats
             rhythm = RHYTHMS[int(len(RHYTHMS) * rng.random() ** (1.5 - t.busy))]
             for tick in range(TICKS):
                 if rhythm[tick] and rng.random() < t.density:
@@ -807,14 +811,12 @@ class SyntheticMusic:
         wave[:int(t.silent * SAMPLE_RATE)] = 0
 
         def heard(ticks, size):
-            times = [tick * tick_s - early for tick in ticks]
-            times = [time for time in times if t.silent <= time < SECONDS]
+            times = [s for tick in ticks if t.silent <= (s := tick * tick_s - early) < SECONDS]
             return times + [math.nan] * (size - len(times))
         begins = {tick for line in lines for tick, _ in line}.union(range(0, end, 2) if t.drums else ())
         names = [triad[0] + 12 * ((triad[1] - triad[0]) % 12 == 3) for _, _, _, triad in chords]
         beat = [int((frame * HOP / SAMPLE_RATE + early) / tick_s / TICKS) for frame in range(FRAMES)]
-        first = round(t.silent * SAMPLE_RATE / HOP)  # the frame where sound begins
-        # 24: none sounds
+        first = round(t.silent * SAMPLE_RATE / HOP)  # the frame where sound begins; 24: no chord
         chord = [24 if t.texture == "solo" or frame < first else names[b] for frame, b in enumerate(beat)]
         return wave, chord, heard(range(0, end, TICKS), BEATS), heard(sorted(begins), BEATS * TICKS)
 
@@ -941,8 +943,7 @@ def pitch_fork():
     t = torch.arange(SAMPLES) / SAMPLE_RATE
     wave = torch.zeros(SAMPLES)
     for second, chord in enumerate(((36, 52, 55, 60), (41, 53, 57, 60), (43, 50, 55, 59), (36, 52, 55, 60))):
-        # rise and fall within 50 ms
-        gate = ((t - second) * 20).clamp(0, 1) * ((second + 1 - t) * 20).clamp(0, 1)
+        gate = ((t - second) * 20).clamp(0, 1) * ((second + 1 - t) * 20).clamp(0, 1)  # ramps of 50 ms
         for note in chord:
             for h in range(1, 9):
                 wave += gate * (2 * math.pi * h * 440 * 2 ** ((note - 69) / 12) * t).sin() / h ** 1.5
@@ -1037,7 +1038,7 @@ def losses(model, batch, g):
     A and B are two segments of a track, A' is A again; each view has a crop of its own. The contrastive token
     learns from A and B as they sound (with the others' EQ it knows instruments less well: measured, one run,
     real music, .75 instead of .88), and from few frames, as each has the sound and none the tune (measured,
-    one or two runs, real windows: 16 frames .75, 2 to 4 frames .80, 1 frame .79). The equivariant token
+    one or two runs, real windows: 16 frames .80, 2 to 4 frames .84, 1 frame .80). The equivariant token
     learns from A, B and A', each VQT with its own EQ, without mel."""
     c, dev, terms = model.config, batch[0].device, {}
     if c.encoder == "tune":
@@ -1120,7 +1121,7 @@ def load(path, device="cpu"):
 
 
 def resume(config, out):
-    """-> the state that `out` holds of this very run, None for a new one; refuses anything else untouched."""
+    """-> the state that `out` holds of this very run, None for a new one; refuses anything else."""
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"--out {out}: {path} is a file; name a folder")
@@ -1134,8 +1135,8 @@ def resume(config, out):
             raise ValueError(f"{out}/state.pt: its step lies outside of its run; name another folder")
     except ValueError as error:
         set_aside(out / "state.pt", error)
-    for name in (f.name for f in dataclasses.fields(Config)):
-        mine, other = getattr(config, name), getattr(theirs.config, name)
+    for name, mine in vars(config).items():
+        other = getattr(theirs.config, name)
         if name in ("data", "init"):
             mine, other = (x and os.path.normpath(x) for x in (mine, other))  # music/ is music
         if mine != other and name not in ("out", "device", "workers", "save_every"):  # may differ
@@ -1221,9 +1222,9 @@ def music_stream(c, rank, device, chunk, last):
 def train(config):
     """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.
 
-    SIGINT and SIGTERM save and raise SystemExit, the second one kills; ValueError, OSError, RuntimeError and
-    FloatingPointError say in one line what is wrong. On CPU the caller's threads and memory are set as well
-    (`music_stream`)."""
+    SIGINT and SIGTERM save and raise SystemExit, a second one of its kind kills; ValueError, OSError,
+    RuntimeError and FloatingPointError say in one line what is wrong. On CPU the caller's threads and memory
+    are set as well (`music_stream`)."""
     told = []
 
     def hear(number, frame):  # the step ends first
@@ -1254,9 +1255,10 @@ def run(config, told):
         raise ValueError(f"--out {out}: processes see different saves; name a folder that all machines share")
     if done >= c.steps:
         times = [p.stat().st_mtime_ns if p.exists() else 0 for p in (out / "model.pt", out / "state.pt")]
-        if rank == 0 and times[0] < times[1]:  # killed between its last two saves
-            save(out / "model.pt", {k: state[k] for k in ("config", "model")})
-        print(f"{out}: already trained for all of its {done} steps")
+        if rank == 0:
+            if times[0] < times[1]:  # killed between its last two saves
+                save(out / "model.pt", {k: state[k] for k in ("config", "model")})
+            print(f"{out}: already trained for all of its {done} steps")
         return out
 
     # model and optimiser (betas as published); weight decay on matrices only
@@ -1324,11 +1326,11 @@ def run(config, told):
             if new := [f"{file} ({why})" for file, why in found.items() if file not in skipped]:
                 named = "; ".join(new[:3]) if len(skipped) < 3 else "and more"
                 skipped |= found
-                say(f"skipped {len(skipped)} files that cannot be used: {named}")
+                say(f"skipped {len(skipped)} files, or passages of them: {named}")
             chunk += 1
         g = stream.generator(step)
         pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # no repeats
-        statistics = [b.clone() for b in model.buffers()]  # `losses` moves them
+        statistics = [b.clone() for b in model.buffers()]  # to undo a bad step
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g)
 
         # the update, unless its gradient is not finite

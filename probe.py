@@ -163,7 +163,8 @@ def fit(x, y, multi, l2=L2, steps=40):
     """Features x [G, N, D], targets y [N, C] -> weights [G, K, D + 1, C], bias last, for strengths l2 [K].
 
     Full-batch logistic regression without learning rate or random start. Boehning's bound: the Hessian is at
-    most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots.
+    most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots
+    (but for rounding, where weak decay meets features that are all but equal).
     With Nesterov's momentum 40 such steps are enough."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # the bias is one more weight
     (G, N, D), K, C = x.shape, len(l2), y.shape[1]  # probes, rows, features, decays, classes
@@ -189,8 +190,8 @@ def probe(x, y, held_x, held_y, multi, mix=False):
     std = torch.where(std > 1e-6, std, torch.inf)  # what never changes says nothing
     if not mix:
         w = fit((x - mean) / std, y, multi)
-        logits = ((held_x - mean) / std)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C]
-        loss, best = cross_entropy(logits, held_y, multi).min(1)  # [G] each: over the strengths of decay
+        logits = ((held_x - mean) / std)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C], K decays
+        loss, best = cross_entropy(logits, held_y, multi).nan_to_num(math.inf).min(1)  # [G] each
         w = w[torch.arange(len(w)), best]  # [G, D + 1, C]
         return lambda x: (x - mean) / std @ w[:, :-1] + w[:, -1:], loss, None
     shapes = (len(x), 1, 1), (x.shape[2], y.shape[1]), (y.shape[1],)  # of the shares, weights and biases
@@ -359,6 +360,14 @@ def open_sound(path):
     except RuntimeError:
         raise ValueError(f"{path}: not a sound file that can be read; give wav, flac, ogg or mp3") from None
 
+def duration(path):
+    """Seconds of a sound file, nothing decoded; of a broken one infinite, as reading it will name it."""
+    try:
+        with open_sound(path) as sound:
+            return sound.frames / sound.samplerate
+    except ValueError:
+        return math.inf
+
 def cut(path):
     """Sound file -> mono 16 kHz windows [n, 64000], one after another. ValueError, RuntimeError.
 
@@ -396,8 +405,8 @@ def none_lost(found, files):
     """ValueError, and so an exit status, after all work is done, if only `found` of the files were read."""
     need(found == len(files), f"{len(files) - found} of {len(files)} files were left out: see above")
 
-def parse(task, text, folder, seconds):
-    """A manifest's cell, of a sound of so many seconds -> what the tasks call truth. ValueError."""
+def parse(task, text, folder, sound):
+    """A manifest's cell, and its sound file -> what the tasks call truth. ValueError."""
     from mir_eval.key import KEY_TO_SEMITONE
     kind = KINDS.get(task, "tags" if "|" in text else "class")
     if kind == "key":
@@ -415,13 +424,13 @@ def parse(task, text, folder, seconds):
         need(path.is_file(), f"{path}: no such label file; fix the column")
         try:
             lines = path.read_text("utf-8-sig").splitlines()
-            rows = np.array([line.split()[:3] for line in lines if line.strip()])
+            rows = np.array([line.split()[:2 * width - 1] for line in lines if line.strip()])
             times, labels = rows[:, :width].astype(float), rows[:, 2] if kind == "chord" else ()
             good = times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # written labels are rounded
         except (ValueError, IndexError):
             good = False
         need(good, f"{path}: empty or not labels; a line starts with {width} rising time(s) in seconds")
-        last = times.max()
+        last, seconds = times.max(), duration(sound)
         need(last < seconds + 0.5, f"{path}: a label at {last:.2f} s, but the sound ends at {seconds:.2f} s")
         try:
             return (times, [*map(chord_class, labels)]) if kind == "chord" else np.sort(times[:, 0])
@@ -453,10 +462,9 @@ def manifest(path, tasks, seed=0, fit=True):
     split = [row.get("split", part).strip() for row, part in zip(rows, drawn)]
     wrong = sorted(set(split) - {"train", "valid", "test"})
     need(not wrong, f"{path}: split {wrong[:1]} is not train, valid or test")
-    seconds = [sound.frames / sound.samplerate for sound in map(open_sound, files)]  # no decoding
     for task in tasks:
         try:
-            cells = [(row[task].strip(), folder, s) for row, s in zip(rows, seconds)]
+            cells = [(row[task].strip(), folder, file) for row, file in zip(rows, files)]
             truth[task] = [parse(task, *cell) if cell[0] else None for cell in cells]
         except ValueError as error:
             raise ValueError(f"{path}, column '{task}': {error}") from None
@@ -512,9 +520,9 @@ def evaluate(x, task, part, device="cpu", mix=False):
     frames = task.y.ndim == 3  # a frame task's targets are [windows, frames, C]
     y, flat = (task.y if frames else task.y[task.owner]).flatten(0, -2), x.flatten(1, -2)
     owner, data = task.owner.repeat_interleave(len(y) // len(task.owner)), []
-    for files in (train, valid):
+    for files, least in ((train, 2), (valid, 1)):
         rows = (torch.isin(owner, files) & y.isfinite().all(-1)).nonzero()[:, 0]  # with a label
-        need(len(rows) > (files is train), "too little labelled sound to train and validate; label more")
+        need(len(rows) >= least, "too little labelled sound to train and validate; label more")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
         data += [flat[:, rows].float().to(device), y[rows].to(device)]
@@ -595,7 +603,7 @@ def table(results):
 
 # ---- Figures: PNG, colour-blind safe (Okabe-Ito; cividis)
 COLOURS = dict(zip((*READOUTS, "seq"), ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")))
-REFERENCES = ("untrained", "attention", "log-mel", "chroma", "flux")  # what their names end in
+REFERENCES = ("untrained", "log-mel", "chroma", "flux")  # and all whose names end in " attention"
 
 def canvas(rows, columns, size, **how):
     """A figure of size inches and its axes [rows, columns]; without pyplot it needs no screen."""
@@ -627,7 +635,7 @@ def layers_figure(results):
     the lowest validation loss."""
     rows, tasks, handles = by_task(results), list(dict.fromkeys(row["task"] for row in results)), {}
     systems = list(dict.fromkeys(system for system, _ in rows))
-    references = [s for s in systems if s.endswith(REFERENCES)]
+    references = [s for s in systems if s in REFERENCES or s.endswith(" attention")]
     width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)  # one more for the legend
     figure, axes = canvas(height, width, (3.2 * width, 2.7 * height))
     for (system, task), mine in rows.items():
@@ -756,7 +764,7 @@ def command_table(args):
     device = mt2.pick_device(args.device)
     need(args.run or args.encoder, "name a run folder, or another encoder with --encoder")
     for run in args.run:
-        need(not run.endswith(REFERENCES), f"{run}: ends like the name of a reference; write {run}/model.pt")
+        need(run not in REFERENCES, f"{run}: the name of a reference; write {run}/model.pt")
     models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
     others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
               for spec in args.encoder}
@@ -862,11 +870,13 @@ def main(words=None):
     words = words if words and words[0] in (*COMMANDS, "-h", "--help") else ["table", *words]
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
+    # "*" is done before the first flag, and refuses songs behind it
+    songs = "*" if any(word.startswith("--data") for word in words) else "+"
     for name, (function, flags) in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(function=function)
         for flag in (*flags.split(), "--device"):
-            many = {"table run": "*", "key file": "*", "figures file": 1}.get(f"{name} {flag}")
+            many = {"table run": "*", "key file": songs, "figures file": 1}.get(f"{name} {flag}")
             command.add_argument(flag, **FLAGS[flag] | ({"nargs": many} if many else {}))
     args = parser.parse_args(words)
     warnings.filterwarnings("ignore", module="mir_eval")  # an empty estimate scores 0, and needs no comment
