@@ -3,6 +3,7 @@
 As a script, python test_mt2.py prints benchmark tables instead: this code against peers that are installed
 (nnAudio, librosa, lightly, pytorch-metric-learning) and against the machine's own matrix product."""
 import ast
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -408,6 +409,32 @@ def test_centring_outside_of_training_knows_the_offsets_and_not_the_batch():
     fresh, wave = model().train(), noise(2, 64000)  # a new model is in training mode
     assert_close(fresh(wave)[0][:1], fresh(wave[:1])[0])
     assert fresh.offset_mean.eq(0).all()
+
+
+@pytest.mark.parametrize("tasks, inputs", VALID)
+def test_on_a_gpu_nothing_meets_a_tensor_of_another_device(tasks, inputs, monkeypatch):
+    """Without a GPU: fake tensors know their shape and device alone, and refuse what is on another one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    net = model(tasks=tasks, inputs=inputs)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: True)  # they hold no values
+    monkeypatch.setattr(mt2, "autocast", lambda device: contextlib.nullcontext())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = lambda *shape, dtype=torch.float: torch.empty(shape, dtype=dtype, device="cuda:0")
+        for module in net.modules():
+            for own in module._parameters, module._buffers:
+                own.update({name: on_gpu(*x.shape, dtype=x.dtype) for name, x in own.items()})
+        wave, batch = on_gpu(3, 64000), [on_gpu(4, 2, 126, bins, dtype=torch.half) for bins in (128, 99)]
+        with torch.no_grad():
+            found = [*mt2.losses(net, batch, seeded(0)).values(), *net(wave), *net(wave, 3)]
+            found += probe.attention(net, wave).values()
+            found += probe.of_model(net, net.front_end)(wave).values()
+            if "eq" in net.class_tokens:
+                assert key_phase(net, wave, (2, 5)).shape == (2, 3)  # complex, so on the CPU
+        ctx = types.SimpleNamespace()
+        ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
+        with torch.no_grad():
+            found += [mt2.NTXent.forward(ctx, on_gpu(300, 8), 0.1, 64), mt2.NTXent.backward(ctx, on_gpu())[0]]
+    assert {str(x.device) for x in found if x is not None} == {"cuda:0"}
 
 
 # ---- Generated music -------------------------------------------------------------------------------------
