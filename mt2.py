@@ -80,8 +80,8 @@ class Config:
     depth: int = knob(None, "transformer blocks (paper: 12); None: by --size", 1, 1e3)
     heads: int = knob(None, "attention heads (paper: 3); None: by --size", 1, 1e3)
     proj_dim: int = knob(64, "width of the contrastive embedding z; ours", 1, 1e5)
-    frames: int = knob(None, "random frames of an equivariant view; None: by --size; ours", 1, FRAMES)
-    con_frames: int = knob(None, "random frames of a contrastive view; None: by --size; ours", 1, FRAMES)
+    frames: int = knob(None, "frames of an equivariant view; None: by --size; ours", 1, FRAMES)
+    con_frames: int = knob(None, "frames of a contrastive view; None: by --size; ours", 1, FRAMES)
     eq_db: float = knob(4.0, "random EQ of an equivariant view: std in dB, more at both ends; ours", 0, 40)
     hide_mel: int = knob(1, "1: equivariant views see no mel, which would leak absolute pitch; ours", 0, 1)
     temperature: float = knob(0.1, "of NT-Xent (paper: 0.1)", 0.01, 1e3)
@@ -1047,9 +1047,13 @@ def losses(model, batch, g):
         return {"nt_xent": nt_xent(*z.chunk(2), c.temperature)}
 
     def views(segments, n_frames):
-        """Segments (0: A, 1: B) at the same random frames -> mel and VQT in dB [views, F, bins], the views'
-        crops and the frames' places; first all views of the first segment."""
-        frames = torch.randperm(FRAMES, generator=g)[:n_frames].sort().values.to(dev)
+        """Segments (0: A, 1: B) at the same n_frames frames -> mel and VQT in dB [views, F, bins], the views'
+        crops and the frames' places; first all views of the first segment.
+
+        A random frame out of each of n_frames equal parts of the 4 s, so that no part is missed (anywhere at
+        random: measured, two runs, .70 of real 4 s windows exact instead of .72)."""
+        edges = torch.arange(n_frames + 1) * FRAMES // n_frames
+        frames = (edges[:-1] + (torch.rand(n_frames, generator=g) * edges.diff()).long()).to(dev)
         mel, vqt = (x[:, :, frames][:, segments].transpose(0, 1).flatten(0, 1).float() for x in batch)
         return mel, vqt, torch.randint(N_OFFSETS, (len(vqt),), generator=g).to(dev), frames
 
