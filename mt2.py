@@ -1038,7 +1038,7 @@ def losses(model, batch, g):
     A and B are two segments of a track, A' is A again; each view has a crop of its own. The contrastive token
     learns from A and B as they sound (with the others' EQ it knows instruments less well: measured, one run,
     real music, .75 instead of .88), and from few frames, as each has the sound and none the tune (measured,
-    one or two runs, real windows: 16 frames .80, 2 to 4 frames .84, 1 frame .80). The equivariant token
+    one or two runs, real windows: 16 frames .80, 2 to 4 .83 to .84, 1 frame .80). The equivariant token
     learns from A, B and A', each VQT with its own EQ, without mel."""
     c, dev, terms = model.config, batch[0].device, {}
     if c.encoder == "tune":

@@ -191,7 +191,7 @@ def probe(x, y, held_x, held_y, multi, mix=False):
     if not mix:
         w = fit((x - mean) / std, y, multi)
         logits = ((held_x - mean) / std)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C], K decays
-        loss, best = cross_entropy(logits, held_y, multi).nan_to_num(math.inf).min(1)  # [G] each
+        loss, best = cross_entropy(logits, held_y, multi).nan_to_num(math.inf, math.inf).min(1)  # [G] each
         w = w[torch.arange(len(w)), best]  # [G, D + 1, C]
         return lambda x: (x - mean) / std @ w[:, :-1] + w[:, -1:], loss, None
     shapes = (len(x), 1, 1), (x.shape[2], y.shape[1]), (y.shape[1],)  # of the shares, weights and biases
@@ -870,7 +870,7 @@ def main(words=None):
     words = words if words and words[0] in (*COMMANDS, "-h", "--help") else ["table", *words]
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    # "*" is done before the first flag, and refuses songs behind it
+    # with "*" argparse reads no songs before a flag as none at all, and refuses those behind it
     songs = "*" if any(word.startswith("--data") for word in words) else "+"
     for name, (function, flags) in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
