@@ -1032,6 +1032,11 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
+def send(x, device):
+    """x on the device, without waiting for all that runs there first, as `to` would a dozen times a step."""
+    return x.to(device, non_blocking=device.type == "cuda")  # CUDA has read x once this returns; mps has not
+
+
 def losses(model, batch, g):
     """The views of one step and their losses: batch as Stream gives it, each [B, 2, ...] -> {name: scalar}.
 
@@ -1046,25 +1051,26 @@ def losses(model, batch, g):
             z = model(batch[0].float().transpose(0, 1).flatten(0, 1))  # [2B, P]: all A, then all B
         return {"nt_xent": nt_xent(*z.chunk(2), c.temperature)}
 
-    def views(segments, n_frames):
-        """Segments (0: A, 1: B) at the same n_frames frames -> mel and VQT in dB [views, F, bins], the views'
-        crops and the frames' places; first all views of the first segment.
+    def views(n, n_frames):
+        """A, B and, of n = 3, A again, at the same n_frames frames -> mel and VQT in dB [nB, F, bins], the
+        views' crops [nB] and the frames' places [F].
 
         A random frame out of each of n_frames equal parts of the 4 s, so that no part is missed (anywhere at
         random: measured, two runs, .70 of real 4 s windows exact instead of .72)."""
         edges = torch.arange(n_frames + 1) * FRAMES // n_frames
-        frames = (edges[:-1] + (torch.rand(n_frames, generator=g) * edges.diff()).long()).to(dev)
-        mel, vqt = (x[:, :, frames][:, segments].transpose(0, 1).flatten(0, 1).float() for x in batch)
-        return mel, vqt, torch.randint(N_OFFSETS, (len(vqt),), generator=g).to(dev), frames
+        frames = send(edges[:-1] + (torch.rand(n_frames, generator=g) * edges.diff()).long(), dev)
+        pairs = (x[:, :, frames].unbind(1) for x in batch)
+        mel, vqt = (torch.cat([a, b, a][:n]).float() for a, b in pairs)
+        return mel, vqt, send(torch.randint(N_OFFSETS, (len(vqt),), generator=g), dev), frames
 
     if "con" in c.tasks:
-        mel, vqt, offset, frames = views([0, 1], c.con_frames)  # [2B, F, bins]
+        mel, vqt, offset, frames = views(2, c.con_frames)  # [2B, F, bins]
         with autocast(dev):
             cls = model.encode(unit_range(mel), crop(unit_range(vqt), offset), frames, cls_only=True)[-1]
         terms["nt_xent"] = nt_xent(*model.head_con(cls[:, -1].float()).chunk(2), c.temperature)
     if "eq" in c.tasks:
-        mel, vqt, offset, frames = views([0, 1, 0], c.frames)  # [3B, F, bins]
-        vqt = unit_range(vqt + random_eq(len(vqt), c.eq_db, g).to(dev))
+        mel, vqt, offset, frames = views(3, c.frames)  # [3B, F, bins]
+        vqt = unit_range(vqt + send(random_eq(len(vqt), c.eq_db, g), dev))
         with autocast(dev):
             mel = None if model.hides_mel else unit_range(mel)
             cls = model.encode(mel, crop(vqt, offset), frames, cls_only=True)[-1]
@@ -1184,15 +1190,12 @@ def pick_device(name):
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
-def share_gradients(parameters, told):
-    """Average the gradients of all processes, in one reduction -> whether anyone was `told` to stop."""
-    grads = [p.grad for p in parameters]  # every parameter is used in every step, so none is None
-    # one more number rides along: a stop must reach all processes after the same step
-    flat = torch.cat([grad.flatten() for grad in grads] + [grads[0].new_tensor([len(told)])])
+def average(tensors):
+    """Average each tensor over all processes, in place, in one reduction."""
+    flat = torch.cat([x.flatten() for x in tensors])
     dist.all_reduce(flat)
-    for grad, mean in zip(grads, (flat / world_size()).split([grad.numel() for grad in grads] + [1])):
-        grad.copy_(mean.view_as(grad))
-    return flat[-1].item() > 0
+    for x, mean in zip(tensors, (flat / world_size()).split([x.numel() for x in tensors])):
+        x.copy_(mean.view_as(x))
 
 
 def keep_memory():
@@ -1326,23 +1329,26 @@ def run(config, told):
             fresh, found = next(chunks)
             pool = pool or [torch.zeros(slots, *x.shape, dtype=x.dtype, device=device) for x in fresh]
             for ring, x in zip(pool, fresh):
-                ring[chunk % slots] = x.to(device)
+                ring[chunk % slots] = send(x, device)
             if new := [f"{file} ({why})" for file, why in found.items() if file not in skipped]:
                 named = "; ".join(new[:3]) if len(skipped) < 3 else "and more"
                 skipped |= found
                 say(f"skipped {len(skipped)} files, or passages of them: {named}")
             chunk += 1
         g = stream.generator(step)
-        pick = torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch].to(device)  # no repeats
+        pick = send(torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch], device)  # no repeats
         statistics = [b.clone() for b in model.buffers()]  # to undo a bad step
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g)
 
         # the update, unless its gradient is not finite
         optimizer.zero_grad()
         (terms.get("nt_xent", 0) + c.eq_weight * terms.get("cpsd", 0)).backward()
-        stop = share_gradients(list(model.parameters()), told) if world_size() > 1 else bool(told)
+        stop = torch.full((), float(len(told)), device=device)
+        if world_size() > 1:  # a stop must reach all processes after the same step
+            average([*(p.grad for p in model.parameters()), stop])  # no gradient is None: all are used
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        *values, norm = torch.stack([*terms.values(), norm]).tolist()  # in one transfer
+        # the one moment at which the loop waits for the device
+        *values, norm, stop = torch.stack([*terms.values(), norm, stop]).tolist()
         values = dict(zip(terms, values))
         bad = 0 if math.isfinite(norm) else bad + 1
         if not bad:

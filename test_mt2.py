@@ -412,8 +412,22 @@ def test_centring_outside_of_training_knows_the_offsets_and_not_the_batch():
     assert fresh.offset_mean.eq(0).all()
 
 
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what makes the program wait for the device: blocking copies and numbers read from it."""
+    count = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out, aten = f(*args, **(kwargs or {})), torch.ops.aten
+        if f in (aten._to_copy.default, aten.copy_.default):
+            source, target = (args[1], args[0]) if f is aten.copy_.default else (args[0], out)
+            blocking = not (kwargs or {}).get("non_blocking", args[2:] == (True,))
+            self.count += blocking and source.device != target.device
+        self.count += f in (aten._local_scalar_dense.default, aten.nonzero.default)
+        return out
+
+
 @pytest.mark.parametrize("tasks, inputs", VALID)
-def test_on_a_gpu_nothing_meets_a_tensor_of_another_device(tasks, inputs, monkeypatch):
+def test_on_a_gpu_nothing_meets_a_tensor_of_another_device_nor_waits_for_it(tasks, inputs, monkeypatch):
     """Without a GPU: fake tensors know their shape and device alone, and refuse what is on another one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     net = model(tasks=tasks, inputs=inputs)
@@ -426,7 +440,10 @@ def test_on_a_gpu_nothing_meets_a_tensor_of_another_device(tasks, inputs, monkey
                 own.update({name: on_gpu(*x.shape, dtype=x.dtype) for name, x in own.items()})
         wave, batch = on_gpu(3, 64000), [on_gpu(4, 2, 126, bins, dtype=torch.half) for bins in (128, 99)]
         with torch.no_grad():
-            found = [*mt2.losses(net, batch, seeded(0)).values(), *net(wave), *net(wave, 3)]
+            with Waits() as waits:
+                found = [*mt2.losses(net, batch, seeded(0)).values()]
+            assert waits.count == 0
+            found += [*net(wave), *net(wave, 3)]
             found += probe.attention(net, wave).values()
             found += probe.of_model(net, net.front_end)(wave).values()
             if "eq" in net.class_tokens:
