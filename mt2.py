@@ -1253,6 +1253,8 @@ def run(config, told):
     c, device, out = config, pick_device(config.device), Path(config.out)
     if device.type == "mps" and (c.temperature < 0.025 or "RANK" in os.environ):
         raise ValueError("--device mps: has neither float64, for --temperature, nor torchrun; use cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else every process takes some memory of the first GPU as well
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0

@@ -2078,6 +2078,22 @@ def training_step(net, front, waves, data):
     return step
 
 
+def parts_of_a_step(net, batch, fresh, waves):
+    """What is not views and transformer; workers make music and its spectra while the model computes."""
+    device, music, front = waves.device, SyntheticMusic(0), mt2.FrontEnd().to(waves.device)
+    z, logits = (noise(n * batch, width).to(device).requires_grad_() for n, width in ((2, 64), (3, 12)))
+    fused = device.type != "mps"
+    k, optimizer = torch.arange(batch, device=device) % 12, torch.optim.AdamW(net.parameters(), fused=fused)
+
+    def both_losses():
+        y_a, y_b, y_shift = logits.softmax(1).chunk(3)
+        loss = cpsd(y_a, y_b, k) + cpsd(y_a, y_shift, k) + cpsd(y_b, y_shift, k)
+        torch.autograd.grad(loss + nt_xent(*z.chunk(2)), (z, logits))
+    return {f"music, {fresh} tracks (a worker's)": lambda: music.batch(fresh, 0),
+            "spectra of them (a worker's)": lambda: front(waves),
+            "NT-Xent and CPSD alone": both_losses, "AdamW alone": optimizer.step}
+
+
 def benchmark_step(device):
     """A training step: against the same model from others' parts, and as a share of matrix products."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -2117,6 +2133,8 @@ def benchmark_step(device):
         rate = flop / seconds
         print(f"  {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s: {rate / rates[used]:.0%} of the "
               f"{used} matrix product; {batch / seconds:,.0f} tracks/s")
+        parts = {"the whole step": ours} | parts_of_a_step(net, batch, fresh, waves)
+        race(f"of it, {size}", parts, repeats=5)
     print("\ncost of losses and backward, demo width: ms per track")
     for depth in (3, 6, 12):
         net, costs = MT2(Config(depth=depth)).to(device).train(), []
