@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -92,7 +93,7 @@ class Config:
     pool: int = knob(2048, "tracks that the pool remembers; ours", 1)
     easy: float = knob(0.2, "share of the run with easy music; a ramp as long, then --data; ours", 0, 0.5)
     gap: float = knob(30.0, "seconds between the starts of segments A and B of a file, at most; ours", 0)
-    workers: int = knob(-1, "processes that make or read music; -1: half of the cores", -1, 1e3)
+    workers: int = knob(-1, "processes for music; -1: half of the cores, with a GPU up to 12", -1, 1e3)
     save_every: int = knob(250, "steps between saves", 1)
 
     def __post_init__(self):
@@ -585,7 +586,8 @@ def nt_xent(a, b, temperature=0.1):
         z = torch.cat([a, b])
         z = z.float() if z.element_size() < 4 else z
         z = z.double() if temperature < 0.025 else z  # exp(-2 / t) underflows
-        block = max(64, 2 ** 19 // len(z))  # strips of 2 MB stay in the cache
+        # strips of 2 MB stay in a CPU's cache; on a GPU a strip is a dozen launches, so few large ones
+        block = max(64, 2 ** (25 if z.is_cuda else 19) // len(z))
         return NTXent.apply(z, temperature, block).to(torch.promote_types(a.dtype, torch.float32))
 
 
@@ -959,14 +961,21 @@ def key_phase(model, waves, offsets=(N_OFFSETS // 2,)):
     return torch.view_as_complex(phase(y).contiguous()) * undo[:, None]
 
 
+@lru_cache
+def tuning_music():
+    """Generated tracks [64, 2, samples], the same ones at every call, and their key signatures [64]."""
+    waves, labels = SyntheticMusic(998).batch(64, 0)
+    return waves, labels["key_signature"]
+
+
 def calibrate(model, device="cpu", offsets=(N_OFFSETS // 2,)):
     """The unit phasor that stands for C major and A minor: the one rotation of y that CPSD leaves free.
 
     Taken from 64 generated tracks, whose keys we know because we wrote them; no real music is labelled. One
     cadence is too pure: its y snaps to one pitch class, often beside real music's (measured, one run: .87 of
     real pieces exact instead of .88)."""
-    waves, labels = SyntheticMusic(998).batch(64, 0)  # waves [64, 2, samples]: 128 clips
-    turn = torch.exp(2j * math.pi * 7 / 12 * labels["key_signature"].repeat_interleave(2))
+    waves, signature = tuning_music()
+    turn = torch.exp(2j * math.pi * 7 / 12 * signature.repeat_interleave(2))  # of 128 clips
     return (key_phase(model, waves.flatten(0, 1).to(device), offsets).sgn() * turn).mean().sgn()
 
 
@@ -1033,7 +1042,7 @@ def autocast(device):
 
 
 def send(x, device):
-    """x on the device, without waiting for all that runs there first, as `to` would a dozen times a step."""
+    """A small x on the device, without waiting for what runs there, as `to` would a dozen times a step."""
     return x.to(device, non_blocking=device.type == "cuda")  # CUDA has read x once this returns; mps has not
 
 
@@ -1217,7 +1226,8 @@ def music_stream(c, rank, device, chunk, last):
     """-> the run's Stream, and an iterator over its chunks `chunk` to `last`, made by workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers = max(1, cores // 2) if c.workers < 0 else c.workers  # 0: music is made between the steps
+    spare = cores // 2 if device.type == "cpu" else min(cores - 1, 12)  # more fill a container's 64 MB of shm
+    workers = max(1, spare) if c.workers < 0 else c.workers  # 0: music is made between the steps
     if device.type == "cpu":  # with more threads than free cores a step takes up to ten times as long
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
         keep_memory()
@@ -1255,8 +1265,11 @@ def run(config, told):
         raise ValueError("--device mps: has neither float64, for --temperature, nor torchrun; use cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else every process takes some memory of the first GPU as well
+        # on an H200, cuDNN's backward of one query to 128 keys can be NaN (NVIDIA/cudnn-frontend issue 1072)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        kind = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(kind, device_id=device if kind == "nccl" else None)
     rank = dist.get_rank() if dist.is_initialized() else 0
     state = resume(c, out)
     done = state["step"] if state else 0
@@ -1418,7 +1431,12 @@ def main():
             print(f"{out}/model.pt is trained; what it knows: python probe.py {out}")
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        sys.exit(f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}")  # of a worker: its last line
+        message = f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}"  # of a worker: its last line
+        if world_size() > 1:  # NCCL's farewell below would wait for processes that wait for this one
+            print(message, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)
+        sys.exit(message)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

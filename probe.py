@@ -525,11 +525,11 @@ def evaluate(x, task, part, device="cpu", mix=False):
         need(len(rows) >= least, "too little labelled sound to train and validate; label more")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
-        data += [flat[:, rows].float().to(device), y[rows].to(device)]
+        data += [flat[:, rows].to(device).float(), y[rows].to(device)]
     predict, loss, weights = probe(*data, task.multi, mix)
     with torch.no_grad():
         # [G, windows (x frames), C], in parts: frames of all layers at once would fill the memory
-        logits = torch.cat([predict(v.float().to(device)).cpu() for v in flat.split(2 ** 14, dim=1)], dim=1)
+        logits = torch.cat([predict(v.to(device).float()).cpu() for v in flat.split(2 ** 14, dim=1)], dim=1)
     p = activate(logits, task.multi)  # [G, windows (x frames), C]
     if frames:
         p = p.unflatten(1, task.y.shape[:2])

@@ -1355,11 +1355,13 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path):
 
 def test_a_dying_rank_ends_the_job_with_a_message(tmp_path):
     (tmp_path / "script.py").write_text(
-        "import os, sys, mt2\nreal = mt2.losses\n"
-        "def losses(*given):\n    if os.environ['RANK'] == '1':\n        sys.exit('rank 1 fell')\n"
-        "    return real(*given)\nmt2.losses = losses\nmt2.main()\n")
+        "import os, time, mt2\nreal = mt2.losses\n"
+        "def losses(*given):\n    if os.environ['RANK'] == '1':\n        raise ValueError('rank 1 fell')\n"
+        "    return real(*given)\nmt2.losses = losses\n"
+        "mt2.dist.destroy_process_group = lambda: time.sleep(900)  # NCCL's would wait for rank 0\n"
+        "mt2.main()\n")
     code, _, errors = torchrun(tmp_path / "script.py", *FLAGS, cwd=tmp_path)
-    assert code != 0 and "rank 1 fell" in errors
+    assert code != 0 and "mt2: rank 1 fell" in errors
 
 
 # ---- The command line ------------------------------------------------------------------------------------
