@@ -263,7 +263,8 @@ class Block(nn.Module):
 
     def project(self, x):
         """-> queries, keys, values, each [B, heads, N, D / heads]."""
-        return self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        q_k_v = self.qkv(self.norm1(x)).chunk(3, dim=-1)  # [B, N, D] each
+        return [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in q_k_v]
 
     def attention(self, q, k):
         """Softmax weights [B, heads, N, N]."""
