@@ -525,7 +525,7 @@ def evaluate(x, task, part, device="cpu", mix=False):
         need(len(rows) >= least, "too little labelled sound to train and validate; label more")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
-        data += [flat[:, rows].to(device).float(), y[rows].to(device)]
+        data += [flat[:, rows].to(device).float(), y[rows].to(device)]  # frames travel as halves
     predict, loss, weights = probe(*data, task.multi, mix)
     with torch.no_grad():
         # [G, windows (x frames), C], in parts: frames of all layers at once would fill the memory
@@ -543,7 +543,7 @@ def study(found, tasks, parts, device, mix=False):
     no validation part, takes another fifth of them for it."""
     runs, jobs = {}, [(name, task, *item) for name, task in tasks.items() for item in found.items()]
     for name, task, (system, seeds), features in tqdm(jobs, "probes", disable=None, leave=False):
-        wanted = {r: x for r, x in features.items()
+        wanted = {r: x for r, x in features.items()  # clips or frames, as the task; curves for events alone
                   if x.ndim == task.y.ndim + 1 and (x.ndim == 3 or x.shape[-1] > 1 or task.multi)}
         for seed in seeds if wanted else ():
             train, valid, test = parts[name]
