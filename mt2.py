@@ -587,7 +587,7 @@ def nt_xent(a, b, temperature=0.1):
         z = torch.cat([a, b])
         z = z.float() if z.element_size() < 4 else z
         z = z.double() if temperature < 0.025 else z  # exp(-2 / t) underflows
-        # strips of 2 MB stay in a CPU's cache; on a GPU a strip is a dozen launches, so few large ones
+        # strips of 2 MB stay in a CPU's cache; on a GPU each is a dozen launches, so few large ones (unmeasured)
         block = max(64, 2 ** (25 if z.is_cuda else 19) // len(z))
         return NTXent.apply(z, temperature, block).to(torch.promote_types(a.dtype, torch.float32))
 
@@ -963,8 +963,8 @@ def key_phase(model, waves, offsets=(N_OFFSETS // 2,)):
 
 
 @lru_cache
-def tuning_music():
-    """Generated tracks [64, 2, samples], the same ones at every call, and their key signatures [64]."""
+def calibration_music():
+    """Generated tracks [64, 2, samples] of a seed that is never trained on, and their key signatures [64]."""
     waves, labels = SyntheticMusic(998).batch(64, 0)
     return waves, labels["key_signature"]
 
@@ -975,7 +975,7 @@ def calibrate(model, device="cpu", offsets=(N_OFFSETS // 2,)):
     Taken from 64 generated tracks, whose keys we know because we wrote them; no real music is labelled. One
     cadence is too pure: its y snaps to one pitch class, often beside real music's (measured, one run: .87 of
     real pieces exact instead of .88)."""
-    waves, signature = tuning_music()
+    waves, signature = calibration_music()
     turn = torch.exp(2j * math.pi * 7 / 12 * signature.repeat_interleave(2))  # of 128 clips
     return (key_phase(model, waves.flatten(0, 1).to(device), offsets).sgn() * turn).mean().sgn()
 
@@ -1227,7 +1227,8 @@ def music_stream(c, rank, device, chunk, last):
     """-> the run's Stream, and an iterator over its chunks `chunk` to `last`, made by workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    spare = cores // 2 if device.type == "cpu" else min(cores - 1, 12)  # more fill a container's 64 MB of shm
+    # a GPU needs one core; more than 12 workers could fill the 64 MB that a container shares (unmeasured)
+    spare = cores // 2 if device.type == "cpu" else min(cores - 1, 12)
     workers = max(1, spare) if c.workers < 0 else c.workers  # 0: music is made between the steps
     if device.type == "cpu":  # with more threads than free cores a step takes up to ten times as long
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
