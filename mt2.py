@@ -587,7 +587,7 @@ def nt_xent(a, b, temperature=0.1):
         z = torch.cat([a, b])
         z = z.float() if z.element_size() < 4 else z
         z = z.double() if temperature < 0.025 else z  # exp(-2 / t) underflows
-        # strips of 2 MB stay in a CPU's cache; on a GPU each is a dozen launches, so few large ones (unmeasured)
+        # strips of 2 MB stay in a CPU's cache; a GPU wants few large ones, a dozen launches each (unmeasured)
         block = max(64, 2 ** (25 if z.is_cuda else 19) // len(z))
         return NTXent.apply(z, temperature, block).to(torch.promote_types(a.dtype, torch.float32))
 
