@@ -95,6 +95,7 @@ class Config:
     gap: float = knob(30.0, "seconds between the starts of segments A and B of a file, at most; ours", 0)
     workers: int = knob(-1, "processes for music; -1: half of the cores, with a GPU up to 12", -1, 1e3)
     save_every: int = knob(250, "steps between saves", 1)
+    compile: int = knob(0, "1: torch.compile the encoder: a minute or two first, for faster steps", 0, 1)
 
     def __post_init__(self):
         for name, known in (("size", tuple(SIZES)), ("encoder", ("vit", "tune"))):
@@ -494,6 +495,8 @@ class TUNe(nn.Module):
     def forward(self, wave):
         """Wave [B, T] -> z [B, P]: the last stage, averaged over time and projected."""
         return self.head_con(self.layers(wave)[-1].mean(1))
+
+    encode = forward  # what `losses` asks a model for
 
 
 def build(config):
@@ -1047,18 +1050,19 @@ def send(x, device):
     return x.to(device, non_blocking=device.type == "cuda")  # CUDA has read x once this returns; mps has not
 
 
-def losses(model, batch, g):
+def losses(model, batch, g, encode=None):
     """The views of one step and their losses: batch as Stream gives it, each [B, 2, ...] -> {name: scalar}.
+    encode: model.encode, compiled.
 
     A and B are two segments of a track, A' is A again; each view has a crop of its own. The contrastive token
     learns from A and B as they sound (with the others' EQ it knows instruments less well: measured, one run,
     real music, .75 instead of .88), and from few frames, as each has the sound and none the tune (measured,
     one or two runs, real windows: 16 frames .80, 2 to 4 .83 to .84, 1 frame .80). The equivariant token
     learns from A, B and A', each VQT with its own EQ, without mel."""
-    c, dev, terms = model.config, batch[0].device, {}
+    c, dev, terms, encode = model.config, batch[0].device, {}, encode or model.encode
     if c.encoder == "tune":
         with autocast(dev):
-            z = model(batch[0].float().transpose(0, 1).flatten(0, 1))  # [2B, P]: all A, then all B
+            z = encode(batch[0].float().transpose(0, 1).flatten(0, 1))  # [2B, P]: all A, then all B
         return {"nt_xent": nt_xent(*z.chunk(2), c.temperature)}
 
     def views(n, n_frames):
@@ -1076,14 +1080,14 @@ def losses(model, batch, g):
     if "con" in c.tasks:
         mel, vqt, offset, frames = views(2, c.con_frames)  # [2B, F, bins]
         with autocast(dev):
-            cls = model.encode(unit_range(mel), crop(unit_range(vqt), offset), frames, cls_only=True)[-1]
+            cls = encode(unit_range(mel), crop(unit_range(vqt), offset), frames, cls_only=True)[-1]
         terms["nt_xent"] = nt_xent(*model.head_con(cls[:, -1].float()).chunk(2), c.temperature)
     if "eq" in c.tasks:
         mel, vqt, offset, frames = views(3, c.frames)  # [3B, F, bins]
         vqt = unit_range(vqt + send(random_eq(len(vqt), c.eq_db, g), dev))
         with autocast(dev):
             mel = None if model.hides_mel else unit_range(mel)
-            cls = model.encode(mel, crop(vqt, offset), frames, cls_only=True)[-1]
+            cls = encode(mel, crop(vqt, offset), frames, cls_only=True)[-1]
         logits = model.center(model.logits(cls[:, 0].float()), offset, training=True)
         y_a, y_b, y_shift = logits.softmax(-1).chunk(3)  # [B, 12] each
         c_a, c_b, c_shift = offset.chunk(3)  # [B] each; a higher offset looks lower
@@ -1159,7 +1163,7 @@ def resume(config, out):
         other = getattr(theirs.config, name)
         if name in ("data", "init"):
             mine, other = (x and os.path.normpath(x) for x in (mine, other))  # music/ is music
-        if mine != other and name not in ("out", "device", "workers", "save_every"):  # may differ
+        if mine != other and name not in ("out", "device", "workers", "save_every", "compile"):  # may differ
             what = f"{name} = {other}, not {mine}"
             raise ValueError(f"--out {out}: holds a run with {what}; name another folder")
     return state
@@ -1298,6 +1302,7 @@ def run(config, told):
     groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         groups[p.ndim < 2 or name in ("cls", "position")]["params"].append(p)
+    encode = torch.compile(model.encode, dynamic=False) if c.compile else None  # for each task's one shape
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=device.type != "mps")
     if state:
         model.load_state_dict(state["model"])
@@ -1332,6 +1337,8 @@ def run(config, told):
               f"{world_size()} x {device}, {clips * SECONDS:.0f} s of sound a step\n"
               f"at chance {', '.join(chance[t] for t in c.tasks)}; {out}: steps {done} to {c.steps}",
               flush=True)
+        if c.compile:
+            print("the first step compiles the encoder, which takes a minute or two", flush=True)
         sounds = {"generated": SyntheticMusic(999).batch(128, 0)} if "eq" in c.tasks else {}
         if c.data:  # 64 of its tracks, without labels, the same at every save; if none can be used, stop now
             g, folder = torch.Generator().manual_seed(0), stream.folder
@@ -1355,7 +1362,7 @@ def run(config, told):
         g = stream.generator(step)
         pick = send(torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch], device)  # no repeats
         statistics = [b.clone() for b in model.buffers()]  # to undo a bad step
-        terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g)
+        terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g, encode)
 
         # the update, unless its gradient is not finite
         optimizer.zero_grad()

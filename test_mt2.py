@@ -1249,6 +1249,31 @@ def test_bf16_and_float32_agree_within_three_percent_over_a_short_run(tmp_path, 
     np.testing.assert_allclose(*logs, rtol=0.03)
 
 
+@pytest.mark.parametrize("more", [{}, dict(encoder="tune", batch=2)])
+def test_a_compiled_run_is_the_plain_run_and_goes_on_as_it(more, tmp_path, monkeypatch):
+    calls, whole = [], torch.compile
+
+    def traced(function, **how):  # no C++ compiler needed; a break in the graph would be an error
+        fast = whole(function, backend="aot_eager", fullgraph=True, **how)
+        return lambda *given, **more: calls.append(1) or fast(*given, **more)
+    monkeypatch.setattr(torch, "compile", traced)
+    plain = train(tiny(tmp_path / "plain", steps=3, save_every=1, **more))
+    assert not calls
+    config = tiny(tmp_path / "compiled", steps=3, save_every=1, compile=1, **more)
+    interrupted(config, 3)
+    assert_close(weights(train(config)), weights(plain), rtol=1e-3, atol=1e-4)
+    assert len(calls) == 3 * (1 if more else 2)  # an MT2 has a pass for each task
+
+
+def test_cpsd_compiles_whole_and_stays_what_it_was():
+    y_a, y_b = (noise(8, 12, seed=s).softmax(1).requires_grad_() for s in (0, 1))
+    k, results = torch.arange(8), []
+    for function in (cpsd, torch.compile(cpsd, backend="aot_eager", fullgraph=True)):
+        value = function(y_a, y_b, k)
+        results.append([value, *torch.autograd.grad(value, (y_a, y_b))])
+    assert_close(*results)
+
+
 def test_every_step_sees_a_whole_batch_whatever_the_pool(tmp_path):
     sizes = []
     with pytest.MonkeyPatch.context() as patch:
@@ -2067,14 +2092,15 @@ def assembled(config, device):
     return net.to(device).train(), front.to(device)
 
 
-def training_step(net, front, waves, data):
+def training_step(net, front, waves, data, compiled=False):
     """What one step of the loop costs: spectra of the fresh tracks, then losses, backward, AdamW."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=waves.device.type != "mps")
+    encode = torch.compile(net.encode, dynamic=False) if compiled else None
 
     def step():
         front(waves)
         optimizer.zero_grad()
-        terms = mt2.losses(net, data, seeded(0))
+        terms = mt2.losses(net, data, seeded(0), encode)
         (terms["nt_xent"] + 3 * terms["cpsd"]).backward()
         optimizer.step()
     return step
@@ -2109,18 +2135,21 @@ def benchmark_step(device):
     db = lambda *shape: (20 * torch.randn(shape, device=device) - 60).half()
     music = lambda batch: [db(batch, 2, 126, bins) for bins in (128, 99)]
     lightly, nnaudio = installed("lightly.loss"), installed("nnAudio.features.cqt")
+    compiler = shutil.which(os.environ.get("CXX", "g++"))  # what torch.compile needs
     for size, batch, fresh in (("demo", 128, 16), ("paper", 16, 2)):
         torch.manual_seed(0)
         config = Config(size=size)
         net, data, waves = MT2(config).to(device).train(), music(batch), noise(2 * fresh, 64000).to(device)
         ours = training_step(net, mt2.FrontEnd().to(device), waves, data)
         steps = {"mt2: spectra, losses, AdamW": ours}
+        if compiler:
+            steps["mt2, --compile 1"] = training_step(net, mt2.FrontEnd().to(device), waves, data, True)
         if lightly and nnaudio:
-            other = training_step(*assembled(config, device), waves, data)
+            other, fast = (training_step(*assembled(config, device), waves, data, c) for c in (False, True))
 
-            def theirs(kept=(mt2.nt_xent, mt2.cpsd)):
+            def theirs(step=other, kept=(mt2.nt_xent, mt2.cpsd)):
                 mt2.nt_xent, mt2.cpsd = lambda a, b, t: lightly.NTXentLoss(t)(a, b), complex_cpsd
-                other()
+                step()
                 mt2.nt_xent, mt2.cpsd = kept
 
             def as_they_come(kept=mt2.autocast):  # float32, as nothing in those parts asks for less
@@ -2128,13 +2157,16 @@ def benchmark_step(device):
                 theirs()
                 mt2.autocast = kept
             steps |= {"from others' parts, our autocast": theirs, "from others' parts, float32": as_they_come}
+            if compiler:
+                steps["from others' parts, compiled"] = lambda: theirs(fast)
         with FlopCounterMode(display=False) as counter:
             ours()
         medians = race(f"training step, {size}, batch {batch}, {fresh} fresh tracks", steps, repeats=5)
-        flop, seconds = counter.get_total_flops(), list(medians.values())[0]
-        rate = flop / seconds
-        print(f"  {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s: {rate / rates[used]:.0%} of the "
-              f"{used} matrix product; {batch / seconds:,.0f} tracks/s")
+        flop = counter.get_total_flops()
+        for name in list(steps)[:2 if compiler else 1]:
+            rate = flop / medians[name]
+            print(f"  {name}: {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s, {rate / rates[used]:.0%}"
+                  f" of the {used} matrix product; {batch / medians[name]:,.0f} tracks/s")
         parts = {"the whole step": ours} | parts_of_a_step(net, batch, fresh, waves)
         race(f"of it, {size}", parts, repeats=5)
     print("\ncost of losses and backward, demo width: ms per track")
