@@ -9,13 +9,15 @@ pieces on which nothing was chosen, and misses nearly all others by a fifth (`py
 three seeds, torch 2.11, November 2026).
 
     python mt2.py                             # train the demo on generated music, then say what was learned
-    python mt2.py --data my_music/            # the same on a folder of wav, flac, ogg and mp3 files
+    python mt2.py --data my_music/            # two fifths of the run as above, the rest on a folder of music
     torchrun --nproc-per-node 8 mt2.py ...    # the same on many GPUs
 
 The file reads in the order in which sound flows: wave, spectrogram, patches, transformer, class tokens,
 losses, data, loop, command line. "Ours" marks every choice that the papers leave open; "measured" gives what
-a choice was worth, "prototype" what it was worth in throw-away runs before this file. In shapes B is clips,
-F frames, D the width of a token.
+a choice was worth, "prototype" what it was worth in throw-away runs before this file. A track is a piece, a
+segment (A or B) 4 s of it, a clip any input of the network; a view is what a loss sees of a segment: some
+frames, a crop of its own, perhaps an equaliser (EQ; `eq` is always the equivariant task). In shapes B is
+clips, F frames, D the width of a token, P that of an embedding z.
 """
 import argparse
 import contextlib
@@ -50,7 +52,8 @@ SAMPLE_RATE, SECONDS, HOP = 16000, 4.0, 512  # the paper's input: 4 s of mono so
 SAMPLES = int(SAMPLE_RATE * SECONDS)         # 64,000 samples
 FRAMES = SAMPLES // HOP + 1                  # 126 frames of 32 ms
 N_MELS = 128
-N_BINS, N_CROP, N_OFFSETS = 99, 84, 16       # a crop at offset 0..15 keeps seven octaves of the 99 VQT bins
+# of the 99 VQT bins a crop at offset 0..15 keeps seven octaves; the middle one is the default
+N_BINS, N_CROP, N_OFFSETS, MIDDLE = 99, 84, 16, 8
 SIZES = {  # demo: minutes on two laptop cores, ours; paper: ViT-Tiny, 5.5 M parameters
     "demo": dict(dim=96, depth=3, heads=3, lr=2e-3, frames=14, con_frames=3),
     "paper": dict(dim=192, depth=12, heads=3, lr=1e-3, frames=126, con_frames=126)}
@@ -83,7 +86,7 @@ class Config:
     proj_dim: int = knob(64, "width of the contrastive embedding z; ours", 1, 1e5)
     frames: int = knob(None, "frames of an equivariant view; None: by --size; ours", 1, FRAMES)
     con_frames: int = knob(None, "frames of a contrastive view; None: by --size; ours", 1, FRAMES)
-    eq_db: float = knob(4.0, "random EQ of an equivariant view: std in dB, more at both ends; ours", 0, 40)
+    eq_db: float = knob(4.0, "equaliser of equivariant views, random: std in dB, more at ends; ours", 0, 40)
     hide_mel: int = knob(1, "1: equivariant views see no mel, which would leak absolute pitch; ours", 0, 1)
     temperature: float = knob(0.1, "of NT-Xent (paper: 0.1)", 0.01, 1e3)
     eq_weight: float = knob(10.0, "weight of CPSD beside NT-Xent; ours", 0, 1e6)
@@ -91,7 +94,7 @@ class Config:
     warmup: int = knob(50, "steps of linear warm-up; ours", 1)
     fresh: int = knob(12, "new tracks per step into the pool, from which batches are drawn; ours", 1)
     pool: int = knob(2048, "tracks that the pool remembers; ours", 1)
-    easy: float = knob(0.2, "share of the run with easy music; a ramp as long, then --data; ours", 0, 0.5)
+    easy: float = knob(0.2, "share of the run with easy music; as long a ramp; then --data; ours", 0, 0.5)
     gap: float = knob(30.0, "seconds between the starts of segments A and B of a file, at most; ours", 0)
     workers: int = knob(-1, "processes for music; -1: half of the cores, with a GPU up to 12", -1, 1e3)
     save_every: int = knob(250, "steps between saves", 1)
@@ -136,6 +139,35 @@ class Config:
             raise ValueError(f"--dim {self.dim} cannot be divided among --heads {self.heads}")
 
 
+# ---- Many processes: without torchrun there is one, and nothing is sent ----------------------------------
+
+def world_size():
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(x):
+    """Sum over all processes; backward sums their gradients."""
+    return x if world_size() == 1 else dist_nn.all_reduce(x)
+
+
+def gather(x):
+    """[n, ...] of each process -> [world_size n, ...], without gradient."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def average(tensors):
+    """Average each tensor over all processes, in place, in one reduction."""
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    for x, mean in zip(tensors, (flat / world_size()).split([x.numel() for x in tensors])):
+        x.copy_(mean.view_as(x))
+
+
 # ---- Wave -> spectrogram --------------------------------------------------------------------------------
 
 def unit_range(db, floor=80.0):
@@ -151,8 +183,9 @@ class VQT(nn.Module):
 
     Bin j is centred on f = fmin 2^(j / bins_per_octave) Hz: the wave around each hop times a Hann-windowed
     complex sinusoid of 1 / (alpha f + gamma) s (Schoerkhuber et al., 2014; gamma in Hz widens the bass bins;
-    0, a constant Q, is ours). An octave is one product of overlapping frames with a [window, 24] matrix; low
-    octaves run on the wave at a quarter of the rate, again and again (measured: 4.4 times as fast)."""
+    0, a constant Q, is ours). An octave is one product of overlapping frames with a [window, 2n] matrix, of
+    n = 12 bins (the topmost has what is left, 3); low octaves run on the wave at a quarter of the rate, again
+    and again (measured: 4.4 times as fast)."""
 
     def __init__(self, sample_rate=16000, hop=512, fmin=27.5, n_bins=99, bins_per_octave=12, gamma=0.0):
         super().__init__()
@@ -163,18 +196,19 @@ class VQT(nn.Module):
         length = 1 / (alpha * freq + gamma)  # of each window, in seconds
         # the main lobe, +-2 / length Hz, must miss the mirror image at sample_rate - f: this lengthens bin 98
         length = length.maximum(1 / (sample_rate / 2 - freq))
-        self.hop, self.hops, rate = hop, [], sample_rate  # hops of each octave, from the top down
+        self.hop, rate = hop, sample_rate
+        self.hops = []  # of each octave, from the top down
         self.margin = 0  # hops on either side of the wave that the widest window reaches into
         for i in reversed(range(0, n_bins, bins_per_octave)):
-            f, n = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]  # of one octave, [12]
+            f, n = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]  # of one octave, [n]
             while f[-1] < rate / 16 and hop % 4 == 0:  # the octave stays below a quarter of the new rate
                 rate, hop = rate / 4, hop // 4
             half = int(n.max() * rate / 2)  # samples on either side of a frame's centre
             t = torch.arange(-half, half + 1, dtype=torch.float64)[:, None] / rate  # s
-            hann = torch.cos(math.pi * t / n) ** 2 * (t.abs() < n / 2)  # [window, 12], each its own length
+            hann = torch.cos(math.pi * t / n) ** 2 * (t.abs() < n / 2)  # [window, n], each its own length
             hann = 2 * hann / hann.sum(0)  # a sine of amplitude a reads a
             angle = 2 * math.pi * f * t
-            kernel = torch.cat([hann * angle.cos(), hann * angle.sin()], dim=1).float()  # [window, 2 x 12]
+            kernel = torch.cat([hann * angle.cos(), hann * angle.sin()], dim=1).float()  # [window, 2n]
             # buffers move with the model; not persistent: no checkpoint carries them
             self.register_buffer(f"kernel{len(self.hops)}", kernel, persistent=False)
             self.hops.append(hop)
@@ -186,17 +220,19 @@ class VQT(nn.Module):
 
     def magnitude(self, wave):
         """Wave [B, T] -> linear magnitude [B, T // hop + 1, n_bins]; frames centred, zeros beyond."""
-        n_frames, now, octaves = wave.shape[-1] // self.hop + 1, self.hop, []
+        n_frames, octaves = wave.shape[-1] // self.hop + 1, []
+        now = self.hop  # in samples of `wave`, which shrinks with it
         wave = F.pad(wave, (self.margin * now, (self.margin + 1) * now))  # once, for all octaves
         for i, hop in enumerate(self.hops):
             kernel = self.get_buffer(f"kernel{i}")
             start = self.margin * hop - len(kernel) // 2  # of the first frame's window
             with torch.autocast(wave.device.type, enabled=False):  # in bf16 it would be off by up to 7 dB
                 while now > hop:  # a quarter of the rate, and of the hop
-                    windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)  # 28: 4 x the 7 cut off in front
+                    # a window of 120 gives 16, and the next starts 64 later; 28: 4 x the 7 cut off in front
+                    windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)
                     wave, now = (windows @ self.quarter).flatten(1), now // 4
                 windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
-                real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, 12] each
+                real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, n] each
             power = real.square() + imag.square()
             octaves.insert(0, power.clamp_min(1e-30).sqrt())  # at 0 the root has no gradient
         return torch.cat(octaves, dim=-1)
@@ -231,7 +267,7 @@ class FrontEnd(nn.Module):
             return 10 * power.clamp_min(1e-16).log10(), self.vqt.decibels(wave)
 
 
-def random_eq(n, std_db, generator):
+def random_equaliser(n, std_db, generator):
     """Random smooth frequency responses, one per view -> dB for the VQT bins [n, 1, 99] (ours).
 
     One knot an octave, linear in between, plus a tilt. Every view draws its own: a curve shared by A, B, A'
@@ -263,7 +299,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def project(self, x):
-        """-> queries, keys, values, each [B, heads, N, D / heads]."""
+        """-> queries, keys, values, each [B, heads, N, D / heads]. A method for probe.py, as is the next."""
         q_k_v = self.qkv(self.norm1(x)).chunk(3, dim=-1)  # [B, N, D] each
         return [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in q_k_v]
 
@@ -278,19 +314,9 @@ class Block(nn.Module):
         if x.is_cuda:
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:  # on CPU the fused kernel costs 2.6 times as much a step at 18 tokens, 1.6 at 128 (measured)
-            mixed = self.attention(q, k).to(v.dtype) @ v
+            mixed = self.attention(q, k) @ v
         x = x + self.out(mixed.transpose(1, 2).flatten(2))  # heads side by side again
         return x + self.mlp(self.norm2(x))
-
-
-def world_size():
-    """Processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_sum(x):
-    """Sum over all processes; backward sums their gradients."""
-    return x if world_size() == 1 else dist_nn.all_reduce(x)
 
 
 class Output(NamedTuple):
@@ -364,27 +390,26 @@ class MT2(nn.Module):
         x = torch.cat([cls, sum(branch.values())], dim=1)  # [B, n_cls + F, D]
         places = slice(0, x.shape[1] - n_cls) if frames is None else frames
         x = x + torch.cat([self.position[:n_cls], self.position[n_cls:][places]])
-        layers = [x]
-        for block in self.blocks:
-            last = block is self.blocks[-1]
-            layers.append(block(layers[-1], first=n_cls if last and cls_only else None))
-        return [*layers[:-1], self.norm(layers[-1])]
+        layers, (*blocks, last) = [x], self.blocks
+        for block in blocks:
+            layers.append(block(layers[-1]))
+        return [*layers, self.norm(last(layers[-1], first=n_cls if cls_only else None))]
 
     def logits(self, token):
         """Equivariant token [B, D] -> [B, 12]: 84 bins, averaged over seven octaves."""
         return self.head_eq(token).float().view(-1, 7, 12).mean(1)
 
     def center(self, logits, offset, training=False):
-        """Logits [B, 12] minus the mean logits of all clips at the same crop offset, divided by twice each
-        clip's own root mean square (ours). training: the mean over this batch, which also moves the running
-        mean; else the running mean, so that no clip depends on another.
+        """Logits [B, 12] minus the mean logits of all clips at the same offset, over twice a clip's own root
+        mean square (ours). training: the mean of this batch, which also moves the running mean; else the
+        running mean, so that no clip depends on another.
 
-        The mean: over many songs no key is preferred at any crop. Without it CPSD is solved by reading the
-        offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead of .90).
-        Twice: a soft y can point between two pitch classes, where a sharp one snaps to either, and to which
-        of them differs from run to run (measured, one run: .70 of real 4 s windows exact instead of .63;
-        three times: .68). Own: divided by the batch's, an hour of training gave up hard clips to be surer of
-        easy ones (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
+        Why a mean per offset: over many songs no key is preferred at any crop. Without it CPSD is solved by
+        reading the offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead
+        of .90). Why twice: a soft y can point between two pitch classes, where a sharp one snaps to either,
+        and to which of them differs from run to run (measured, one run: .70 of real 4 s windows exact instead
+        of .63; three times: .68). Why its own: divided by the batch's, an hour of training gave up hard clips
+        to be surer of easy ones (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
         mean = self.offset_mean
         if training:
             same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
@@ -401,14 +426,19 @@ class MT2(nn.Module):
             raise ValueError(f"MT2 takes waves [B, {HOP + 1} to {SAMPLES} samples], not {list(wave.shape)}")
         return [unit_range(x) for x in self.front_end(wave)]
 
+    def offsets(self, wave, offset):
+        """The crop's offset for each wave, [B]: from an int or [B], of None the middle. ValueError."""
+        offset = torch.as_tensor(MIDDLE if offset is None else offset, device=wave.device).long()
+        if not ((0 <= offset) & (offset < N_OFFSETS)).all():
+            raise ValueError(f"MT2: an offset must lie between 0 and {N_OFFSETS - 1}")
+        return offset.expand(len(wave))
+
     def passes(self, wave, offset=None):
         """Wave [B, T] -> [passes, depth + 1, B, n_cls + F, D]: as in training, a pass without mel where it is
         hidden from the equivariant token, and a pass with all branches."""
         mel, vqt = self.features(wave)
-        offset = torch.as_tensor(N_OFFSETS // 2 if offset is None else offset, device=wave.device)
-        if not ((0 <= offset) & (offset < N_OFFSETS)).all():
-            raise ValueError(f"MT2: an offset must lie between 0 and {N_OFFSETS - 1}")
-        vqt, mels = crop(vqt, offset.expand(len(wave))), [None, mel] if self.hides_mel else [mel]
+        vqt = crop(vqt, self.offsets(wave, offset))
+        mels = [None, mel] if self.hides_mel else [mel]
         return torch.stack([torch.stack(self.encode(mel, vqt)) for mel in mels])
 
     def layers(self, wave, offset=None):
@@ -419,9 +449,10 @@ class MT2(nn.Module):
         are the mean of all (ours; measured, one run: a chord probe reads .77 from it, .67 from the pass with
         mel)."""
         x, n = self.passes(wave, offset), len(self.class_tokens)
-        return torch.cat([x[0, :, :, :1], x[-1, :, :, 1:n], x.mean(0)[:, :, n:]], dim=2)  # eq comes first
+        # token 0 is eq; a model without eq has one pass, so that it does not matter from which it comes
+        return torch.cat([x[0, :, :, :1], x[-1, :, :, 1:n], x.mean(0)[:, :, n:]], dim=2)
 
-    def pitch(self, wave, offsets=(N_OFFSETS // 2,)):
+    def pitch(self, wave, offsets=(MIDDLE,)):
         """y alone at several crops, with one front end for all: wave [B, T] -> [len(offsets), B, 12]."""
         (mel, vqt), y = self.features(wave), []
         mel = None if self.hides_mel else mel
@@ -432,11 +463,11 @@ class MT2(nn.Module):
 
     def forward(self, wave, offset=None):
         """Wave [B, T] -> Output(y, z, tokens); offset of the crop 0..15: int or [B], None: the middle."""
-        offset = torch.as_tensor(N_OFFSETS // 2 if offset is None else offset, device=wave.device).long()
+        offset = self.offsets(wave, offset)
         tokens = self.layers(wave, offset)[-1]
         cls, y, z = dict(zip(self.class_tokens, tokens.unbind(1))), None, None
         if "eq" in cls:
-            y = self.center(self.logits(cls["eq"]), offset.expand(len(wave))).softmax(-1)
+            y = self.center(self.logits(cls["eq"]), offset).softmax(-1)
         if "con" in cls:
             z = self.head_con(cls["con"])
         return Output(y, z, tokens)
@@ -447,9 +478,10 @@ class TUNe(nn.Module):
 
     TUNe+: contraction by convolution and max-pooling by 3, expansion by transposed convolutions joined with
     the contraction, a tail down to three frames of 512 joined with the expansion: 2.2 M parameters
-    (SampleCNN: 2.4 M), as published. There the input is 59,049 = 3^10 samples at 22,050 Hz; here the middle
-    59,049 of our 64,000 at 16 kHz: all pooling divides, and every system hears the same music (ours)."""
-    SAMPLES, WIDTHS = 3 ** 10, (11, 22, 44, 88, 176)
+    (SampleCNN: 2.4 M) beside head_con, as published. There the input is 59,049 = 3^10 samples at 22,050 Hz;
+    here the middle 59,049 of our 64,000 at 16 kHz: all pooling divides, and every system hears the same music
+    (ours)."""
+    LENGTH, WIDTHS = 3 ** 10, (11, 22, 44, 88, 176)
 
     def __init__(self, config):
         super().__init__()
@@ -473,9 +505,9 @@ class TUNe(nn.Module):
 
     def layers(self, wave):
         """Wave [B, T] -> every stage, a list of [B, frames_l, dim_l]. Shorter waves are padded with zeros."""
-        short = max(0, self.SAMPLES - wave.shape[1])
-        start = (wave.shape[1] + short - self.SAMPLES) // 2
-        x = F.pad(wave, (0, short))[:, None, start:start + self.SAMPLES]  # [B, 1, 59,049]
+        short = max(0, self.LENGTH - wave.shape[1])
+        start = (wave.shape[1] + short - self.LENGTH) // 2
+        x = F.pad(wave, (0, short))[:, None, start:start + self.LENGTH]  # [B, 1, 59,049]
         stages, up = [], self.config.expansion
         for i, conv in enumerate(self.down):
             if up:  # TUNe pools before every convolution but the first
@@ -506,15 +538,6 @@ def build(config):
 
 # ---- Losses ---------------------------------------------------------------------------------------------
 
-def gather(x):
-    """[n, ...] of each process -> [world_size n, ...], without gradient."""
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
 class NTXent(torch.autograd.Function):
     """NT-Xent of rows x [n, P], the first half a, the second b, with its gradient in closed form.
 
@@ -530,20 +553,20 @@ class NTXent(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [n, 1]
         scale = torch.where(norm <= 1e-12, 0, 1 / norm)  # 0-rows stay 0 and get no gradient; NaN stays NaN
         z = x * scale
-        n, total, columns = len(z), z.new_zeros(len(z)), gather(z)  # columns [N, P]
+        n, sums, columns = len(z), z.new_zeros(len(z)), gather(z)  # columns [N, P]
         ctx.temperature, ctx.block, ctx.whole = temperature, block, len(columns) == n
         ctx.kept = {} if n * len(columns) <= NTXent.KEEP else None
         for i in range(0, n, block):
             e = NTXent.strip(ctx, z, columns, i)
-            total[i:i + block] += e.sum(1)
+            sums[i:i + block] += e.sum(1)
             if ctx.whole and i + block < n:  # the strip, mirrored, holds the columns of later rows
-                total[i + block:] += e[:, block:].sum(0)
+                sums[i + block:] += e[:, block:].sum(0)
             if ctx.kept is not None:
                 ctx.kept[i] = e
-        totals = gather(total)  # [N], of all processes' rows
-        ctx.save_for_backward(z, scale, columns, total, totals)
+        all_sums = gather(sums)  # [N], of all processes' rows
+        ctx.save_for_backward(z, scale, columns, sums, all_sums)
         a, b = columns.view(-1, 2, n // 2, z.shape[1]).unbind(1)  # each process sent its a, then its b
-        return totals.log().mean() + (1 - (a * b).sum(-1).mean()) / temperature
+        return all_sums.log().mean() + (1 - (a * b).sum(-1).mean()) / temperature
 
     @staticmethod
     def strip(ctx, z, columns, i):
@@ -552,7 +575,7 @@ class NTXent(torch.autograd.Function):
         Cosines s are at most 1, so that exp never overflows and no row maximum is needed."""
         t, first = ctx.temperature, i if ctx.whole else 0
         e = torch.addmm(z.new_full((), -1 / t), z[i:i + ctx.block], columns[first:].T, alpha=1 / t).exp_()
-        own = i - first if ctx.whole else i + dist.get_rank() * len(z)
+        own = 0 if ctx.whole else i + dist.get_rank() * len(z)  # where row i meets itself
         e.diagonal(own).zero_()  # no clip is its own negative
         return e
 
@@ -560,13 +583,13 @@ class NTXent(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # else a second derivative would silently be 0
             raise RuntimeError("nt_xent has a first derivative only: no create_graph")
-        z, scale, columns, total, totals = ctx.saved_tensors
-        n, block, inverse, inverses = len(z), ctx.block, 1 / total, 1 / totals
+        z, scale, columns, sums, all_sums = ctx.saved_tensors
+        n, block, inverse, all_inverse = len(z), ctx.block, 1 / sums, 1 / all_sums
         dz = -2 * z.roll(n // 2, 0)  # -(Y + Y^T) z
         for i in range(0, n, block):
             e = NTXent.strip(ctx, z, columns, i) if ctx.kept is None else ctx.kept[i]
             first = i if ctx.whole else 0
-            g = (inverse[i:i + block, None] + inverses[first:]).mul_(e)  # P + P^T, as e is symmetric
+            g = (inverse[i:i + block, None] + all_inverse[first:]).mul_(e)  # P + P^T, as e is symmetric
             dz[i:i + block].addmm_(g, columns[first:])
             if ctx.whole and i + block < n:
                 dz[i + block:].addmm_(g[:, block:].T, z[i:i + block])
@@ -576,12 +599,13 @@ class NTXent(torch.autograd.Function):
 
 
 def nt_xent(a, b, temperature=0.1):
-    """NT-Xent (SimCLR): a, b [B, P] at any scale up to 1e18, row i of both from one track -> scalar.
+    """NT-Xent (SimCLR): a, b [B, P] of any scale, row i of both from one track -> scalar.
 
     l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over all 2B rows; under
-    torch.distributed over those of all processes, with gradients exact once they are averaged. 0-rows count
-    as orthogonal to all. Identical embeddings give log(2B - 1). ValueError for a and b of unlike shapes, and
-    for a temperature below 0.01, at which exp(-2 / t) is too near to float64's smallest number."""
+    torch.distributed over those of all processes, with gradients exact once they are averaged. Rows shorter
+    than 1e-12, or so long that their square overflows, count as orthogonal to all. Identical embeddings give
+    log(2B - 1). ValueError for a and b of unlike shapes, and for a temperature below 0.01 (exp(-2 / t) leaves
+    float64 below 0.003)."""
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"nt_xent: a {list(a.shape)} and b {list(b.shape)} must both be [B, P]")
     if not temperature >= 0.01:
@@ -595,7 +619,7 @@ def nt_xent(a, b, temperature=0.1):
         return NTXent.apply(z, temperature, block).to(torch.promote_types(a.dtype, torch.float32))
 
 
-def phase(y, omega=7):
+def dft(y, omega=7):
     """DFT of y [..., 12] at one frequency -> [..., 2] (re, im). omega 7: circle of fifths, 1: semitones."""
     angle = 2 * math.pi * omega / 12 * torch.arange(12, device=y.device, dtype=y.dtype)
     with torch.autocast(y.device.type, enabled=False):
@@ -611,7 +635,7 @@ def cpsd(y_a, y_b, k, omega=7):
     if k.ndim and k.shape != y_a.shape[:1]:  # [B, 1] would compare all with all
         raise ValueError(f"cpsd: k {list(k.shape)} must be one number or [{len(y_a)}]")
     y = y.float() if y.element_size() < 4 else y
-    (a_re, b_re), (a_im, b_im) = phase(y, omega).unbind(-1)  # [2, B] each
+    (a_re, b_re), (a_im, b_im) = dft(y, omega).unbind(-1)  # [2, B] each
     angle = 2 * math.pi * omega / 12 * k.to(y.dtype)
     re, im = a_re * b_re + a_im * b_im, a_im * b_re - a_re * b_im  # yhat_a conj(yhat_b)
     return ((angle.cos() - re).square() + (angle.sin() - im).square()).mean()
@@ -622,6 +646,7 @@ def cpsd(y_a, y_b, k, omega=7):
 INSTRUMENTS = {
     # harmonics fall as h^-slope, even ones times `even`, around a formant in Hz (0: none); attack s, decay s,
     # decay of the upper harmonics s (0: the same), depth of vibrato, stretch of partials per h^2
+    #         slope  even formant attack decay upper vibrato stretch
     "piano":    (1.6, 1.00,    0, 0.003, 1.0, 0.3, 0.000, 6e-4),
     "guitar":   (1.3, 1.00,  400, 0.002, 0.5, 0.2, 0.000, 1e-4),
     "strings":  (1.1, 1.00, 1500, 0.080, 9.0, 0.0, 0.004, 0),
@@ -641,11 +666,12 @@ HARMONY = (((10, 15, 8, 25, 27, 15, 0), (10, 5, 5, 15, 55, 10, 0), (10, 10, 2, 3
            ((10, 0, 10, 25, 20, 20, 15), (100, 0, 0, 0, 0, 0, 0), (20, 0, 5, 15, 10, 30, 20),
             (35, 0, 5, 5, 30, 10, 15), (60, 0, 5, 10, 5, 15, 5), (15, 0, 20, 10, 20, 5, 30),
             (50, 0, 25, 5, 5, 10, 5)))
-# Chance that rich music raises, over each degree, the seventh of the minor scale; the third of the chord
+# Chance that rich music raises, over each degree, the seventh of the minor scale; and the third of the chord,
+# which turns a minor chord into a dominant
 LEADING = (0.25, 0, 0, 0.25, 0.95, 0, 0)
 DOMINANT = ((0, 0.35, 0.12, 0, 0, 0.15, 0), (0.12, 0, 0, 0.15, 0, 0, 0))
 RHYTHMS = ((1, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 1), (1, 1, 1, 1), (1, 0, 0, 1), (0, 0, 1, 0))  # of a beat
-BEATS, TICKS = 14, 4     # a segment has at most 14 beats (180 a minute), a beat four ticks
+BEATS, TICKS = 14, 4     # room for a segment's beats (4 s at 180 a minute: 12); a beat has four ticks
 CYCLES, TABLE = 8, 8192  # a wavetable holds eight periods, so that partials may lie between harmonics
 RELEASE = 640            # samples in which a note dies away: 40 ms
 
@@ -667,8 +693,8 @@ class SyntheticMusic:
         t = torch.arange(2 * SAMPLES) / SAMPLE_RATE  # s
         noise = torch.randn(16, SAMPLES, generator=torch.Generator().manual_seed(0))
         fall = torch.exp(-6.9 * t[:SAMPLES] / torch.linspace(0.2, 1.6, 16)[:, None])  # 60 dB in 0.2 to 1.6 s
-        # 16 rooms: what they add to a sound, as frequency responses
-        self.rooms, self.noise, t = torch.fft.rfft(F.normalize(noise * fall)), noise.numpy(), t.numpy()
+        self.rooms = torch.fft.rfft(F.normalize(noise * fall))  # what 16 rooms add: frequency responses
+        self.noise, t = noise.numpy(), t.numpy()
         self.motion = {}  # of an instrument: its phase in seconds, vibrato included, and its envelopes
         for name, (_, _, _, attack, decay, upper, vibrato, _) in INSTRUMENTS.items():
             body = np.minimum(t / attack, 1) * np.exp(-t / decay)
@@ -731,7 +757,7 @@ class SyntheticMusic:
         h = np.arange(1, 25)  # harmonics
         hz = h * 440 * 2 ** ((pitch - 69) / 12)
         stray = np.array([rng.gauss(0, jitter) for _ in h])
-        amp = h ** -slope * np.where(h % 2 == 0, even, 1) * 10 ** (stray / 20) * (hz < 5500)  # no aliasing
+        amp = h ** -slope * np.where(h % 2 == 0, even, 1) * 10 ** (stray / 20) * (hz < 5500)  # hardly aliases
         amp = amp * (0.15 + np.exp(-np.log2(hz / formant) ** 2)) if formant else amp
         partial = np.round(CYCLES * h * np.sqrt(1 + stretch * h * h)).astype(int)  # stiff strings stretch
         turn = np.exp(2j * math.pi * np.array([rng.random() for _ in h]))  # phases, against one high peak
@@ -843,7 +869,8 @@ class AudioFolder(Dataset):
     SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
     def __init__(self, root, seconds=SECONDS, gap=30.0):
-        self.root, self.seconds, self.gap, self.skipped, self.unopened = Path(root), seconds, gap, {}, {}
+        self.root, self.seconds, self.gap = Path(root), seconds, gap
+        self.skipped, self.unopened = {}, {}  # {file: reason}: for the user; those not to open again
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give a folder of wav, flac, ogg or mp3 files")
         self.files, seen = [], set()
@@ -939,7 +966,8 @@ class Stream(Dataset):
             waves, _ = self.music.batch(c.fresh, i, rich)
         waves = waves.flatten(0, 1)
         features = (waves,) if c.encoder == "tune" else self.front_end(waves)
-        return [x.half().unflatten(0, (-1, 2)) for x in features], self.folder.skipped if self.folder else {}
+        skipped = self.folder.skipped if self.folder else {}
+        return [x.half().unflatten(0, (-1, 2)) for x in features], skipped
 
 
 # ---- What y says without labels, and whether it is key: the shortcut monitor ----------------------------
@@ -956,13 +984,18 @@ def pitch_fork():
     return (wave / wave.abs().max())[None]
 
 
+def down(semitones):
+    """The factor that turns y's DFT as if the music sounded so many semitones lower."""
+    return torch.exp(2j * math.pi * 7 / 12 * semitones)
+
+
 @torch.no_grad()
-def key_phase(model, waves, offsets=(N_OFFSETS // 2,)):
-    """Waves [B, T] -> y on the circle of fifths, the crop's rotation undone: complex [len(offsets), B], on
-    the CPU, as not every device has complex numbers."""
+def key_phase(model, waves, offsets=(MIDDLE,)):
+    """Waves [B, T] -> y's DFT at 7, the crop's rotation undone: complex [len(offsets), B], whose angle is the
+    key signature's place on the circle of fifths. On the CPU, as not every device has complex numbers."""
     y = torch.cat([model.pitch(chunk, offsets) for chunk in waves.split(64)], dim=1).cpu()  # [offsets, B, 12]
-    undo = torch.tensor([-2j * math.pi * 7 * c / 12 for c in offsets]).exp()
-    return torch.view_as_complex(phase(y).contiguous()) * undo[:, None]
+    undo = down(-torch.tensor(offsets))  # a crop at offset c looks c semitones lower
+    return torch.view_as_complex(dft(y).contiguous()) * undo[:, None]
 
 
 @lru_cache
@@ -972,15 +1005,15 @@ def calibration_music():
     return waves, labels["key_signature"]
 
 
-def calibrate(model, device="cpu", offsets=(N_OFFSETS // 2,)):
+def calibrate(model, device="cpu", offsets=(MIDDLE,)):
     """The unit phasor that stands for C major and A minor: the one rotation of y that CPSD leaves free.
 
     Taken from 64 generated tracks, whose keys we know because we wrote them; no real music is labelled. One
     cadence is too pure: its y snaps to one pitch class, often beside real music's (measured, one run: .87 of
     real pieces exact instead of .88)."""
     waves, signature = calibration_music()
-    turn = torch.exp(2j * math.pi * 7 / 12 * signature.repeat_interleave(2))  # of 128 clips
-    return (key_phase(model, waves.flatten(0, 1).to(device), offsets).sgn() * turn).mean().sgn()
+    to_c = down(signature.repeat_interleave(2))  # of 128 clips
+    return (key_phase(model, waves.flatten(0, 1).to(device), offsets).sgn() * to_c).mean().sgn()
 
 
 def key_signature(phasor, c_major):
@@ -1000,18 +1033,19 @@ def monitor(model, waves, truth=None):
     rotated back; fork: the same of the pitch fork. Near 1 only if y rotates with the crop. follows_key,
     follows_offset: how well the phase follows the true key signature, and the crop alone (the shortcut).
     exact, fifth: label-free key signature of tracks (both segments), and within a fifth."""
-    crops = (2, 5, 8, 11, 14)
+    crops = (2, 5, MIDDLE, 11, 14)
     fork = key_phase(model, pitch_fork().to(waves), crops)[:, 0].sgn()  # [5] unit phasors
     a, b = key_phase(model, waves[:, 0], crops).sgn(), key_phase(model, waves[:, 1])[0].sgn()  # [5, n], [n]
-    result = dict(agree=(a[2] * b.conj()).real.mean(), equivariance=a.mean(0).abs().mean(),
+    middle = a[2]  # [n], at b's crop
+    result = dict(agree=(middle * b.conj()).real.mean(), equivariance=a.mean(0).abs().mean(),
                   fork=fork.mean().abs(), follows_offset=a.mean().abs())
     if truth is not None:
         count = torch.bincount(truth, minlength=12)
         weight = 1 / (count[truth] * (count > 0).sum())  # keys count alike: only what ignores key remains
-        away = (7 * (key_signature(a[2] + b, calibrate(model, waves.device)) - truth)) % 12  # in fifths
+        away = (7 * (key_signature(middle + b, calibrate(model, waves.device)) - truth)) % 12  # in fifths
         result |= dict(follows_offset=(a.mean(0) * weight).sum().abs(), exact=(away == 0).float().mean(),
                        fifth=((away <= 1) | (away == 11)).float().mean(),
-                       follows_key=(a * torch.exp(2j * math.pi * 7 / 12 * truth)).mean().abs())
+                       follows_key=(a * down(truth)).mean().abs())
     return {name: float(result.get(name, math.nan)) for name in MONITOR}
 
 
@@ -1046,7 +1080,7 @@ def autocast(device):
 
 
 def send(x, device):
-    """A small x on the device, without waiting for what runs there, as `to` would a dozen times a step."""
+    """A small x on the device. Plain `to` would wait for all that runs there, a dozen times a step."""
     return x.to(device, non_blocking=device.type == "cuda")  # CUDA has read x once this returns; mps has not
 
 
@@ -1066,16 +1100,17 @@ def losses(model, batch, g, encode=None):
         return {"nt_xent": nt_xent(*z.chunk(2), c.temperature)}
 
     def views(n, n_frames):
-        """A, B and, of n = 3, A again, at the same n_frames frames -> mel and VQT in dB [nB, F, bins], the
-        views' crops [nB] and the frames' places [F].
+        """The first n of A, B and A again, at the same n_frames frames -> mel and VQT in dB [nB, F, bins],
+        the views' crops [nB] and the frames' places [F].
 
         A random frame out of each of n_frames equal parts of the 4 s, so that no part is missed (anywhere at
         random: measured, two runs, .70 of real 4 s windows exact instead of .72)."""
         edges = torch.arange(n_frames + 1) * FRAMES // n_frames
         frames = send(edges[:-1] + (torch.rand(n_frames, generator=g) * edges.diff()).long(), dev)
-        pairs = (x[:, :, frames].unbind(1) for x in batch)
-        mel, vqt = (torch.cat([a, b, a][:n]).float() for a, b in pairs)
-        return mel, vqt, send(torch.randint(N_OFFSETS, (len(vqt),), generator=g), dev), frames
+        segments = [x[:, :, frames].unbind(1) for x in batch]  # A and B, of mel and of VQT
+        mel, vqt = (torch.cat([a, b, a][:n]).float() for a, b in segments)
+        offset = send(torch.randint(N_OFFSETS, (len(vqt),), generator=g), dev)
+        return mel, vqt, offset, frames
 
     if "con" in c.tasks:
         mel, vqt, offset, frames = views(2, c.con_frames)  # [2B, F, bins]
@@ -1084,7 +1119,7 @@ def losses(model, batch, g, encode=None):
         terms["nt_xent"] = nt_xent(*model.head_con(cls[:, -1].float()).chunk(2), c.temperature)
     if "eq" in c.tasks:
         mel, vqt, offset, frames = views(3, c.frames)  # [3B, F, bins]
-        vqt = unit_range(vqt + send(random_eq(len(vqt), c.eq_db, g), dev))
+        vqt = unit_range(vqt + send(random_equaliser(len(vqt), c.eq_db, g), dev))
         with autocast(dev):
             mel = None if model.hides_mel else unit_range(mel)
             cls = encode(mel, crop(vqt, offset), frames, cls_only=True)[-1]
@@ -1181,11 +1216,12 @@ def open_log(path, columns, last_step):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{path}: another run is writing here; name another --out") from None
-    header, end = ",".join(columns) + "\n", 0  # end of what is kept, in bytes
+    header, end = ",".join(columns) + "\n", 0  # end of what is kept, in bytes: in ascii, characters
     file.seek(0)
     for line in file.read().splitlines(keepends=True):
         step, whole = line.split(",")[0], line.endswith("\n") and line.count(",") == len(columns) - 1
-        if line != header and not (end and whole and step.isdigit() and int(step) <= last_step):
+        row = end and whole and step.isdigit() and int(step) <= last_step
+        if not (line == header or row):
             break
         end += len(line)
     if not end and path.stat().st_size:
@@ -1202,14 +1238,6 @@ def pick_device(name):
     if not there.get(name):
         raise ValueError(f"--device {name}: this machine has {', '.join(k for k in there if there[k])}")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-
-
-def average(tensors):
-    """Average each tensor over all processes, in place, in one reduction."""
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
-    for x, mean in zip(tensors, (flat / world_size()).split([x.numel() for x in tensors])):
-        x.copy_(mean.view_as(x))
 
 
 def keep_memory():
@@ -1248,23 +1276,23 @@ def train(config):
     SIGINT and SIGTERM save and raise SystemExit, a second one of its kind kills; ValueError, OSError,
     RuntimeError and FloatingPointError say in one line what is wrong. On CPU the caller's threads and memory
     are set as well (`music_stream`)."""
-    told = []
+    signals = []
 
-    def hear(number, frame):  # the step ends first
-        told.append(number)
+    def hear(number, frame):  # noted; the step ends first
+        signals.append(number)
         signal.signal(number, signal.SIG_DFL)
     before = {}
     with contextlib.suppress(ValueError):  # outside of the main thread no signal is heard
         before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return run(config, told)
+        return run(config, signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def run(config, told):
-    """The loop behind `train`; `told` fills with the signals that ask it to stop."""
+def run(config, signals):
+    """The loop behind `train`; `signals` fills with those that ask it to stop."""
     # device, processes, run folder
     c, device, out = config, pick_device(config.device), Path(config.out)
     if device.type == "mps" and (c.temperature < 0.025 or "RANK" in os.environ):
@@ -1339,11 +1367,12 @@ def run(config, told):
               flush=True)
         if c.compile:
             print("the first step compiles the encoder, which takes a minute or two", flush=True)
-        sounds = {"generated": SyntheticMusic(999).batch(128, 0)} if "eq" in c.tasks else {}
+        watched = {"generated": SyntheticMusic(999).batch(128, 0)} if "eq" in c.tasks else {}
         if c.data:  # 64 of its tracks, without labels, the same at every save; if none can be used, stop now
             g, folder = torch.Generator().manual_seed(0), stream.folder
             tracks = torch.stack([folder.pair(i % len(folder), g) for i in range(64)])
-            sounds |= {"folder": (tracks, {})} if "eq" in c.tasks else {}
+            watched |= {"folder": (tracks, {})} if "eq" in c.tasks else {}
+    weighted = lambda terms: terms.get("nt_xent", 0) + c.eq_weight * terms.get("cpsd", 0)
     bad, begin = 0, time.time()  # updates that failed in a row; speed counts from here
     bar = tqdm(total=c.steps, initial=done, unit="step", disable=rank > 0, dynamic_ncols=True)
     say = bar.write if rank == 0 else lambda text: None
@@ -1363,11 +1392,12 @@ def run(config, told):
         pick = send(torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch], device)  # no repeats
         statistics = [b.clone() for b in model.buffers()]  # to undo a bad step
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g, encode)
+        lr = learning_rate(step, c)
 
         # the update, unless its gradient is not finite
         optimizer.zero_grad()
-        (terms.get("nt_xent", 0) + c.eq_weight * terms.get("cpsd", 0)).backward()
-        stop = torch.full((), float(len(told)), device=device)
+        weighted(terms).backward()
+        stop = torch.full((), float(len(signals)), device=device)
         if world_size() > 1:  # a stop must reach all processes after the same step
             average([*(p.grad for p in model.parameters()), stop])  # no gradient is None: all are used
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1377,7 +1407,7 @@ def run(config, told):
         bad = 0 if math.isfinite(norm) else bad + 1
         if not bad:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, c)
+                group["lr"] = lr
             # decay on a cosine from 0.04 to 0.01, as published
             optimizer.param_groups[0]["weight_decay"] = 0.025 + 0.015 * math.cos(math.pi * step / c.steps)
             optimizer.step()
@@ -1391,16 +1421,16 @@ def run(config, told):
 
         # log, watch for the shortcut, save
         if rank == 0:
-            loss = values.get("nt_xent", 0) + c.eq_weight * values.get("cpsd", 0)
+            loss = weighted(values)
             rate = (step + 1 - done) * c.batch * world_size() / (time.time() - begin)  # tracks a second
             both = [values.get(k, math.nan) for k in ("nt_xent", "cpsd")]
-            row = [loss, *both, learning_rate(step, c), rate]
+            row = [loss, *both, lr, rate]
             log.write(f"{step + 1}," + ",".join(f"{x:.6g}" for x in row) + "\n")
             shown = {k: f"{v:.3f}" for k, v in values.items()}
             bar.set_postfix(loss=f"{loss:.3f}", **shown, tracks_s=f"{rate:.0f}")
             bar.update()
             due = step + 1 == c.steps or (step + 1) % c.save_every == 0  # for a look and a save
-            for sound, (waves, labels) in sounds.items() if due else ():
+            for sound, (waves, labels) in watched.items() if due else ():
                 m = monitor(model, waves.to(device), labels.get("key_signature"))
                 watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")
                 say(f"step {step + 1}, {sound} music: {verdict(m)}")
@@ -1415,7 +1445,7 @@ def run(config, told):
             if rank == 0:
                 saved = "the last save stands" if bad else f"saved after step {step + 1}"
                 print(f"{out}: stopped, {saved}; the same command goes on from there")
-            raise SystemExit(128 + (told or [signal.SIGTERM])[0])  # what a shell reports of such an end
+            raise SystemExit(128 + (signals or [signal.SIGTERM])[0])  # what a shell reports of such an end
     bar.close()
     if bad:
         raise FloatingPointError(f"{out}: the last update is not finite; the save before stands; lower --lr")
