@@ -200,12 +200,12 @@ class VQT(nn.Module):
         self.hops = []  # of each octave, from the top down
         self.margin = 0  # hops on either side of the wave that the widest window reaches into
         for i in reversed(range(0, n_bins, bins_per_octave)):
-            f, n = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]  # of one octave, [n]
+            f, span = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]  # of one octave, [n]
             while f[-1] < rate / 16 and hop % 4 == 0:  # the octave stays below a quarter of the new rate
                 rate, hop = rate / 4, hop // 4
-            half = int(n.max() * rate / 2)  # samples on either side of a frame's centre
+            half = int(span.max() * rate / 2)  # samples on either side of a frame's centre
             t = torch.arange(-half, half + 1, dtype=torch.float64)[:, None] / rate  # s
-            hann = torch.cos(math.pi * t / n) ** 2 * (t.abs() < n / 2)  # [window, n], each its own length
+            hann = torch.cos(math.pi * t / span) ** 2 * (t.abs() < span / 2)  # [window, n], each its own
             hann = 2 * hann / hann.sum(0)  # a sine of amplitude a reads a
             angle = 2 * math.pi * f * t
             kernel = torch.cat([hann * angle.cos(), hann * angle.sin()], dim=1).float()  # [window, 2n]

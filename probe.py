@@ -8,8 +8,8 @@
     python probe.py ablation --steps 400                       # two class tokens in one model, or two models?
 
 A probe is one linear layer on standardised frozen features. Its score means something only above the
-references in its table: the same network untrained, log-mel statistics, VQT chroma. The file reads from
-readouts to probes, tasks and metrics, data, the study, figures and commands.
+references in its table: log-mel statistics, VQT chroma, spectral flux and, beside runs, the same network
+untrained. The file reads from readouts to probes, tasks and metrics, data, the study, figures and commands.
 """
 import argparse
 import csv
@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import warnings
+from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -94,35 +95,40 @@ def of_spectrum(name, spectra):
         mel, vqt = spectra(wave)  # dB [B, 126, 128] and [B, 126, 99]
         if name == "flux":
             return {"curve": F.pad(mel.diff(dim=1).clamp_min(0).mean(2), (1, 0))[None, ..., None]}
-        octave = (10 ** (vqt[..., :84] / 20)).unflatten(2, (7, 12)).sum(2)  # [B, frames, 12]
-        octave = octave / octave.amax((1, 2), keepdim=True)  # loudness is no chroma
-        x = octave if name == "chroma" else mt2.unit_range(mel)  # [B, 126, bins]
+        chroma = (10 ** (vqt[..., :84] / 20)).unflatten(2, (7, 12)).sum(2)  # [B, frames, 12]
+        chroma = chroma / chroma.amax((1, 2), keepdim=True)  # without the clip's loudness
+        x = chroma if name == "chroma" else mt2.unit_range(mel)  # [B, 126, bins]
         near = F.pad(x.mT, (2, 2), mode="replicate").mT.unfold(1, 5, 1)[..., ::2].flatten(2)
         return {"mean+std": torch.cat([x.mean(1), x.std(1)], -1)[None], "seq": near[None]}
     return read
 
 def of_package(spec, device, download=False, trust=False):
     """A system out of muq:FOLDER, mert:FOLDER, musicfm:FOLDER or module:callable, which takes waves [B, T] at
-    its own `.rate`, else 16 kHz, and gives a list of [B, frames, dim]. ValueError whatever goes wrong."""
+    its own `.rate`, else 16 kHz, and gives a list of [B, frames, dim]. ValueError if it does not load, or
+    fails on four seconds of silence."""
     kind, _, where = spec.partition(":")
-    fix = {"muq": "pip install muq 'transformers<5'", "mert": "pip install transformers",
-           "musicfm": "put github.com/minzwon/musicfm on PYTHONPATH"}.get(kind)
+    known = dict(muq="pip install muq 'transformers<5'; FOLDER holds config and weights",
+                 mert="pip install transformers; FOLDER holds config and weights",
+                 musicfm="github.com/minzwon/musicfm on PYTHONPATH; FOLDER holds stats and weights")
     need(where, f"--encoder {spec}: write muq:FOLDER, mert:FOLDER, musicfm:FOLDER or module:callable")
-    if fix and not download:
+    if kind in known and not download:
         need(Path(where).is_dir(), f"--encoder {spec}: no such folder; or add --download to fetch it by name")
         os.environ["HF_HUB_OFFLINE"] = "1"  # a local folder never asks the network
     try:
-        rate, layers = 24000, lambda wave: model(wave, output_hidden_states=True).hidden_states
+        rate = 24000
         if kind == "muq":
             from muq import MuQ
             model = MuQ.from_pretrained(where).to(device).eval()
+            layers = lambda wave: model(wave, output_hidden_states=True).hidden_states
         elif kind == "mert":
             from transformers import AutoModel, Wav2Vec2FeatureExtractor
             model = AutoModel.from_pretrained(where, trust_remote_code=trust).to(device).eval()
             scale = Wav2Vec2FeatureExtractor.from_pretrained(where)
-            rate, scaled = scale.sampling_rate, lambda x: scale(x, sampling_rate=rate)["input_values"]
-            layers = lambda wave: model(torch.as_tensor(np.stack(scaled([*wave.cpu().numpy()]))).to(wave),
-                                        output_hidden_states=True).hidden_states
+            rate = scale.sampling_rate
+
+            def layers(wave):
+                scaled = np.stack(scale([*wave.cpu().numpy()], sampling_rate=rate)["input_values"])
+                return model(torch.as_tensor(scaled).to(wave), output_hidden_states=True).hidden_states
         elif kind == "musicfm":
             from musicfm.model.musicfm_25hz import MusicFM25Hz
             stats, weights = (str(min(Path(where).glob(name))) for name in ("*stats*.json", "*.pt"))
@@ -134,21 +140,19 @@ def of_package(spec, device, download=False, trust=False):
 
         def read(wave):
             found = layers(resample(wave, SAMPLE_RATE, rate))
-            good = all(x.ndim == 3 and len(x) == len(wave) for x in found)
-            need(good, f"{spec}: a layer is not [B, frames, dim]")
+            need(all(x.ndim == 3 and len(x) == len(wave) for x in found), "a layer is not [B, frames, dim]")
             return readouts(found)
         with torch.no_grad():
             read(torch.zeros(2, SAMPLES, device=device))  # what does not fit is known before all music
         return read
     except Exception as error:  # foreign code raises anything
-        if not isinstance(error, ImportError):
-            fix = "are config and weights there?" if fix else "it must give a list of [B, frames, dim]"
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        raise ValueError(f"--encoder {spec}: {reason}; {fix or 'put its module on PYTHONPATH'}") from None
+        wants = known.get(kind, "a module on PYTHONPATH whose callable gives a list of [B, frames, dim]")
+        raise ValueError(f"--encoder {spec}: {reason}; it needs {wants}") from None
 
 # ---- Probes: one linear layer for each layer x readout x strength of weight decay, all in one computation
 L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-MAX_ROWS = 8000  # windows or frames that a probe is trained on; a quarter of them for a mixture
+MAX_ROWS = 8000  # windows or frames that a probe is trained or validated on; a quarter of them for a mixture
 
 def activate(logits, multi):
     """Logits [..., C] -> probabilities: of independent tags if `multi`, else of exclusive classes."""
@@ -167,7 +171,7 @@ def fit(x, y, multi, l2=L2, steps=40):
     (but for rounding, where weak decay meets features that are all but equal).
     With Nesterov's momentum 40 such steps are enough."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # the bias is one more weight
-    (G, N, D), K, C = x.shape, len(l2), y.shape[1]  # probes, rows, features, decays, classes
+    (G, N, D), K, C = x.shape, len(l2), y.shape[1]  # probes, rows, features and bias, decays, classes
     decay = torch.tensor(l2, device=x.device)[:, None].repeat(1, D)  # [K, D]
     decay[:, -1] = 1e-6  # the bias is free
     bound = (0.25 if multi else 0.5) * (x.mT @ x / N)[:, None] + torch.diag_embed(decay)  # [G, K, D, D]
@@ -182,30 +186,30 @@ def fit(x, y, multi, l2=L2, steps=40):
     return w
 
 def probe(x, y, held_x, held_y, multi, mix=False):
-    """Train on x [G, N, D], y [N, C] -> (function: features [G, M, D] to logits [G, M, C]), held-out [G].
-
-    Standardised by the training rows; each probe has the decay that is best on the held-out rows.
-    mix: one probe (logits [1, M, C]) on a learned mixture of the G layers, and its softmax weights [G]."""
+    """Train on x [G, N, D], y [N, C] -> function (features [G, M, D] to logits [G, M, C]), held-out losses
+    [G], None. Standardised by the training rows; each probe has the decay that is best on the held-out rows.
+    mix: one probe (logits [1, M, C], loss [1]) on a learned mixture of the G layers, and its weights [G]."""
     mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # [G, 1, D]
     std = torch.where(std > 1e-6, std, torch.inf)  # what never changes says nothing
+    scaled = lambda x: (x - mean) / std
     if not mix:
-        w = fit((x - mean) / std, y, multi)
-        logits = ((held_x - mean) / std)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C], K decays
+        w = fit(scaled(x), y, multi)
+        logits = scaled(held_x)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C], K decays
         loss, best = cross_entropy(logits, held_y, multi).nan_to_num(math.inf, math.inf).min(1)  # [G] each
         w = w[torch.arange(len(w)), best]  # [G, D + 1, C]
-        return lambda x: (x - mean) / std @ w[:, :-1] + w[:, -1:], loss, None
-    shapes = (len(x), 1, 1), (x.shape[2], y.shape[1]), (y.shape[1],)  # of the shares, weights and biases
+        return lambda x: scaled(x) @ w[:, :-1] + w[:, -1:], loss, None
+    shapes = (len(x), 1, 1), (x.shape[2], y.shape[1]), (y.shape[1],)
     share, w, b = params = [torch.zeros(shape, device=x.device, requires_grad=True) for shape in shapes]
-    predict = lambda x: ((share.softmax(0) * ((x - mean) / std)).sum(0) @ w + b)[None]  # [1, M, C]
+    predict = lambda x: ((share.softmax(0) * scaled(x)).sum(0) @ w + b)[None]  # [1, M, C]
     # 20 iterations: from then on the shares fit noise until one layer takes all, and scores fall
     optimizer = torch.optim.LBFGS(params, max_iter=20, line_search_fn="strong_wolfe")
 
-    def loss():
+    def closure():
         optimizer.zero_grad()
-        total = cross_entropy(predict(x), y, multi).sum() + 0.005 * w.square().sum()  # decay: .01
-        total.backward()
-        return total
-    optimizer.step(loss)
+        loss = cross_entropy(predict(x), y, multi).sum() + 0.005 * w.square().sum()  # decay: .01
+        loss.backward()
+        return loss
+    optimizer.step(closure)
     with torch.no_grad():
         return predict, cross_entropy(predict(held_x), held_y, multi), share.softmax(0).flatten()
 
@@ -224,14 +228,13 @@ def ranking(truth, scores):
     """Truth of 0 and 1, scores [N, C] -> average precision and area under the ROC curve, means over the
     columns that hold both positives and negatives. Ties enter together, and count half."""
     ap, auc, mean = [], [], lambda v: float(np.mean(v)) if v else math.nan
-    for t, s in zip(truth.T, scores.T):
-        order, n = np.argsort(-s), t.sum()  # the surest first; n positives
-        if 0 < n < len(t):
-            last = np.append(np.diff(s[order]) != 0, True)  # the last of each group of ties
-            hits, ranks = np.cumsum(t[order])[last], np.flatnonzero(last) + 1
-            ap.append((np.diff(hits, prepend=0) * hits / ranks).sum() / n)
-            hits, ranks = np.append(0, hits), np.append(0, ranks)  # the ROC curve: misses against hits
-            auc.append(((hits[1:] + hits[:-1]) / 2 * np.diff(ranks - hits)).sum() / (n * (len(t) - n)))
+    for t, s in zip(truth.T > 0, scores.T):
+        if 0 < t.sum() < len(t):
+            yes, no = np.sort(s[t]), np.sort(s[~t])  # scores of positives and of negatives
+            above = lambda v, side: len(v) - np.searchsorted(v, yes, side)  # at each positive's score
+            hits, misses = above(yes, "left"), above(no, "left")  # as high or higher
+            ap.append((hits / (hits + misses)).mean())
+            auc.append(1 - (misses + above(no, "right")).mean() / 2 / len(no))
     return {"map": mean(ap), "roc_auc": mean(auc)}
 
 def tempo_accuracy(truth, estimate):
@@ -331,23 +334,21 @@ COUNTS, LOCAL, CHUNK = (800, 200, 400), (200, 100, 150), 50  # train, valid, tes
 LIMIT = 120.0  # seconds that are read of a file
 
 def generated(truth):
-    """Batches for `collect`; fills `truth` {task: labels, one per clip} on the way."""
-    names = list(mt2.INSTRUMENTS)
+    """Batches for `collect`; fills `truth`, a defaultdict {task: labels, one per clip}, on the way."""
+    names, start = list(mt2.INSTRUMENTS), np.arange(mt2.FRAMES) * HOP_S
+    spans = np.stack([start, start + HOP_S], 1)  # a chord per frame, as read from a .lab file
     for part, (n, local) in enumerate(zip(COUNTS, LOCAL)):
         music = mt2.SyntheticMusic(1001 + part)  # training seeds start at 4096
         for step in range(n // CHUNK):
             waves, labels = music.batch(CHUNK, step)  # half of the tracks rich, half easy
             for task in ("key", "key_signature", "instrument", "tempo"):
-                truth.setdefault(task, []).extend(labels[task].tolist())
+                truth[task] += labels[task].tolist()
             # as in MagnaTagATune, tags for both class tokens: key signature (eq) and lead instrument (con)
             both = zip(labels["key_signature"].tolist(), labels["instrument"].tolist())
-            truth.setdefault("tags", []).extend({PITCHES[key], names[i]} for key, i in both)
-            for chord, *events in zip(*(labels[k][:, 0].numpy() for k in ("chord", "beats", "onsets"))):
-                begin = np.arange(len(chord)) * HOP_S
-                spans = np.stack([begin, begin + HOP_S], 1), chord.tolist()
-                truth.setdefault("chord", []).append(spans)  # as read from a .lab file
-                for task, times in zip(("beat", "onset"), events):
-                    truth.setdefault(task, []).append(np.sort(times[times >= 0]))  # drops NaN
+            truth["tags"] += [{PITCHES[key], names[i]} for key, i in both]
+            truth["chord"] += [(spans, chord) for chord in labels["chord"][:, 0].tolist()]
+            for task in ("beat", "onset"):  # NaN is dropped
+                truth[task] += [np.sort(times[times >= 0]) for times in labels[f"{task}s"][:, 0].numpy()]
             files = sum(COUNTS[:part]) + step * CHUNK + torch.arange(CHUNK)  # a clip is a file
             yield waves[:, 0], files, torch.zeros(CHUNK), step * CHUNK < local  # only segment A
 
@@ -357,7 +358,7 @@ def open_sound(path):
     need(Path(path).is_file(), f"{path}: no such file")
     try:
         return soundfile.SoundFile(os.fsencode(path))  # a name need not be valid text
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
         raise ValueError(f"{path}: not a sound file that can be read; give wav, flac, ogg or mp3") from None
 
 def duration(path):
@@ -369,36 +370,32 @@ def duration(path):
         return math.inf
 
 def cut(path):
-    """Sound file -> mono 16 kHz windows [n, 64000], one after another. ValueError, RuntimeError.
+    """Sound file -> mono 16 kHz windows [n, 64000], one after another. ValueError.
 
     A rest shorter than a quarter of a window is dropped, unless it is all there is; others are padded."""
     with open_sound(path) as file:
+        rate = 25 * round(file.samplerate / 25)  # as in mt2.AudioFolder
+        need(1000 <= rate <= 10 ** 6, f"{path}: {file.samplerate} Hz is no rate of sound; remove it")
         try:
             wave = file.read(int(LIMIT * file.samplerate), dtype="float32", always_2d=True).mean(1)
         except RuntimeError:
             raise ValueError(f"{path}: broken or cut short; replace or remove it") from None
         good = len(wave) and np.abs(wave).max() < 1e6  # 120 dB above full scale; NaN fails as well
         need(good, f"{path}: holds no sound, or NaN, infinity or numbers beyond all sound; remove it")
-        rate = max(25, 25 * round(file.samplerate / 25))  # as in mt2.AudioFolder
-        wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
+    wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
         tqdm.write(f"{path}: shorter than {SECONDS:g} s, padded with silence", file=sys.stderr)
     count = max(1, math.ceil((len(wave) - SAMPLES // 4) / SAMPLES))
     return F.pad(wave, (0, SAMPLES))[:count * SAMPLES].view(count, SAMPLES)
 
-def sounds(files):
-    """(number, windows [n, 64000]) of each file that can be read; the others are named on stderr."""
+def read_files(files, frames=True):
+    """Batches for `collect`, one for each sound file that can be read; the others are named on stderr."""
     for i, file in enumerate(files):
         try:
             waves = cut(file)
         except ValueError as error:
             tqdm.write(f"probe: {error}", file=sys.stderr)
             continue
-        yield i, waves
-
-def read_files(files, frames=True):
-    """Batches for `collect`, one per sound file."""
-    for i, waves in sounds(files):
         yield waves, torch.full((len(waves),), i), SECONDS * torch.arange(len(waves)), frames
 
 def none_lost(found, files):
@@ -438,9 +435,9 @@ def parse(task, text, folder, sound):
             raise ValueError(f"{path}: {error}") from None
     return {tag.strip() for tag in text.split("|") if tag.strip()} if kind == "tags" else text
 
-def manifest(path, tasks, seed=0, fit=True):
+def manifest(path, tasks, seed=0, for_probe=True):
     """-> files, {task: truth per file}, {task: (train, valid, test) file numbers}. ValueError or OSError for
-    what is wrong with it, before anything is computed; `fit`: also for what a probe cannot be trained on."""
+    what is wrong with it, before anything is computed; for_probe: also for what no probe can be fit on."""
     need(Path(path).is_file(), f"--data {path}: no such file; give a manifest, see README.md")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -473,10 +470,10 @@ def manifest(path, tasks, seed=0, fit=True):
         labelled = [(i, split[i], v) for i, v in enumerate(truth[task]) if v is not None]  # file, part, label
         parts[task] = [torch.tensor([i for i, s, _ in labelled if s == part], dtype=torch.long)
                        for part in ("train", "valid", "test")]
-        need(not fit or len(parts[task][0]) > 1 and len(parts[task][2]), f"{path}: column '{task}' has "
+        need(not for_probe or len(parts[task][0]) > 1 and len(parts[task][2]), f"{path}: column '{task}' has "
              f"{len(parts[task][0])} labels in train and {len(parts[task][2])} in test; it needs 2 and 1")
         kind = KINDS.get(task, "tags")
-        if fit and kind in ("key", "tempo", "tags"):
+        if for_probe and kind in ("key", "tempo", "tags"):
             sets = [(part, v if isinstance(v, set) else {v}) for _, part, v in labelled]
             train, test = (set().union(*(v for p, v in sets if p == part)) for part in ("train", "test"))
             new = sorted(test - train) if kind == "tags" else []
@@ -498,23 +495,23 @@ def collect(systems, batches, device):
         if frames:
             local.append(files)
             now.append(start[:, None] + torch.arange(mt2.FRAMES) * HOP_S)
-        for name, read in systems.items():
-            if not frames and name[0].endswith(" attention"):  # which has nothing but frames
+        for (name, seeds), read in systems.items():
+            if not frames and name.endswith(" attention"):  # which has nothing but frames
                 continue
             for readout, x in read(waves).items():
                 if frames or x.ndim == 3:
                     x = x if x.ndim == 3 else x.half()  # frames are many
-                    need(x.isfinite().all(), f"{name[0]}, {readout}: NaN, infinity or beyond half precision")
-                    found[name].setdefault(readout, []).append(x.cpu())
+                    need(x.isfinite().all(), f"{name}, {readout}: NaN, infinity or beyond half precision")
+                    found[name, seeds].setdefault(readout, []).append(x.cpu())
     need(owner, "no sound could be read")
     found = {name: {r: torch.cat(x, 1) for r, x in features.items()} for name, features in found.items()}
     return found, torch.cat(owner), torch.cat(local), torch.cat(now) if now else None
 
-def evaluate(x, task, part, device="cpu", mix=False):
+def evaluate(x, task, part, device, mix=False):
     """Features x [G, windows, D] or [G, windows, frames, D] -> G scores {metric: value}, G held-out losses;
     of a mixture one of each, and its weights. Probabilities of windows are averaged per file. ValueError."""
     train, valid, test = part  # file numbers
-    if x.ndim == 4 and x.shape[-1] == 1:  # an onset curve speaks for itself
+    if x.ndim == 4 and x.shape[-1] == 1:  # an onset curve, or what is as narrow, speaks for itself
         held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]
         return [task.score(p, test, valid) for p in x.float()], held, None
     frames = task.y.ndim == 3  # a frame task's targets are [windows, frames, C]
@@ -538,7 +535,7 @@ def evaluate(x, task, part, device="cpu", mix=False):
         p = p.new_zeros(len(p), *task.y.shape).index_add_(1, owner, p) / count
     return [task.score(q, test, valid) for q in p], loss.tolist(), weights
 
-def study(found, tasks, parts, device, mix=False):
+def study(found, tasks, parts, device, mix):
     """-> rows for results.json. Each seed leaves out another tenth of the training files or, where there is
     no validation part, takes another fifth of them for it."""
     runs, jobs = {}, [(name, task, *item) for name, task in tasks.items() for item in found.items()]
@@ -696,7 +693,7 @@ def attention_figure(model, wave):
 
 def circle_figure(model, waves):
     """y around the circle of fifths, time outwards, one value a second, of consecutive windows [n, 64000]."""
-    waves, middle = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE), mt2.N_OFFSETS // 2  # one a second
+    waves, middle = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE), mt2.MIDDLE  # one a second
     c_major, fifths = mt2.calibrate(model, waves.device), 7 * torch.arange(12) % 12
     angle = -(mt2.key_phase(model, waves)[0] * c_major.conj()).angle().cpu().numpy()  # 0: C major; clockwise
     bin_of_c = int(mt2.key_signature(c_major, torch.ones_like(c_major)))  # in y with the crop undone
@@ -708,7 +705,7 @@ def circle_figure(model, waves):
     y = y.repeat_interleave(9, 1).numpy()  # so that the cells look round
     image = ax.pcolormesh(np.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
     ax.plot(angle, time[:-1] + 0.5, "o", color="k", mec="w", ms=5)
-    ax.set_rlabel_position(math.degrees(np.median(angle)) + 180)  # times where no dots are
+    ax.set_rlabel_position(math.degrees(np.angle(np.exp(1j * angle).mean())) + 180)  # where no dots are
     ax.tick_params(axis="y", colors="w")
     names = [f"{PITCHES[t]}/{MINORS[(t + 9) % 12].lower()}" for t in fifths]
     ax.set(xticks=[turn * i for i in range(12)], xticklabels=names,
@@ -722,7 +719,7 @@ SEEDS = (0, 1, 2)  # of which training files a probe sees
 def measure(models, others, args, device):
     """Probe models [(name, seeds, model)], which may only now be trained, and other systems, beside their
     references; print and write results."""
-    out, asked, truth = Path(args.out), args.task.split(",") if args.task else [], {}
+    out, asked, truth = Path(args.out), args.task.split(",") if args.task else [], defaultdict(list)
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
         files, truth, parts = manifest(args.data, asked, args.seed)
@@ -739,6 +736,7 @@ def measure(models, others, args, device):
         torch.manual_seed(0)  # the untrained twin of the last model
         models = [*models, ("untrained", SEEDS, mt2.build(models[-1][2].config).to(device).eval())]
     spectra = lru_cache(1)(mt2.FrontEnd().to(device))  # all systems read the same waves
+    # a name and the seeds of its probes: models of an ablation share the name, not the seed
     systems = {(name, seeds): of_model(model, spectra) for name, seeds, model in models} | others
     systems |= {(name, SEEDS): of_spectrum(name, spectra) for name in ("log-mel", "chroma", "flux")}
     systems |= {(f"{name} attention", seeds[:1]): of_attention(net)
@@ -764,7 +762,8 @@ def command_table(args):
     device = mt2.pick_device(args.device)
     need(args.run or args.encoder, "name a run folder, or another encoder with --encoder")
     for run in args.run:
-        need(run not in REFERENCES, f"{run}: the name of a reference; write {run}/model.pt")
+        reserved = run in REFERENCES or run.endswith(" attention")
+        need(not reserved, f"{run}: the name of a reference; write {run}/model.pt")
     models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
     others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
               for spec in args.encoder}
@@ -788,9 +787,9 @@ def command_ablation(args):
 def command_embed(args):
     """Every readout [layers, windows, dim] of 4 s windows, and their names and times [windows], as an npz."""
     device, out = mt2.pick_device(args.device), args.out or "features.npz"
+    system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}
     ready(out)
     files = tqdm(args.file, "files", disable=None, leave=False)
-    system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}
     found, owner, _, _ = collect(system, read_files(files, frames=False), device)
     times = torch.cat([SECONDS * torch.arange(n) for n in owner.bincount()])  # s at which windows start
     np.savez(buffer := io.BytesIO(), names=np.array(args.file)[owner.numpy()], times=times, **found["", ()])
@@ -803,14 +802,15 @@ def command_key(args):
     device, away, found = mt2.pick_device(args.device), [], 0
     crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
     need(bool(args.file) != bool(args.data), "key: name sound files, or a manifest with --data")
-    files, truth, _ = manifest(args.data, ["key"], fit=False) if args.data else (args.file, {}, None)
+    files, truth, _ = manifest(args.data, ["key"], for_probe=False) if args.data else (args.file, {}, None)
     need(files, f"{args.data}: no file has a key")
     model = mt2.load(args.run, device)
     need("eq" in model.class_tokens, f"{args.run}: has no equivariant token, so it cannot tell keys")
     c_major = mt2.calibrate(model, device, crops)
     if args.csv:
         print("file,major,minor,confidence")
-    for i, waves in sounds(tqdm(files, "files", disable=None, leave=False)):
+    for waves, owner, _, _ in read_files(tqdm(files, "files", disable=None, leave=False)):
+        i = int(owner[0])
         found, file = found + 1, str(files[i]).encode(errors="backslashreplace").decode()  # may be no text
         phasor = mt2.key_phase(model, waves.to(device), crops)  # [crops, windows]
         tonic = int(mt2.key_signature(phasor.mean(), c_major))
@@ -820,7 +820,9 @@ def command_key(args):
         plain = f"{major + ' or ' + minor:20} confidence {sure:.2f}  {file}"
         tqdm.write(line.getvalue() if args.csv else plain)
         if truth:
-            away.append(7 * (tonic - truth["key"][i] - 3 * (truth["key"][i] > 11)) % 12)  # in fifths
+            label = truth["key"][i]
+            signature = label + 3 * (label > 11)  # 12 + t is t minor, whose relative major is t + 3
+            away.append(7 * (tonic - signature) % 12)  # in fifths
     if away:
         exact, fifth = (np.isin(away, near).mean() for near in ((0,), (0, 1, 11)))
         print(f"{exact:.3f} right, {fifth:.3f} within a fifth, of {len(away)} files", file=sys.stderr)
@@ -829,10 +831,11 @@ def command_key(args):
 def command_figures(args):
     """Of a sound file: ssm.png (its first 32 s), attention.png (4 s) and circle.png (a minute; needs eq)."""
     device, out = mt2.pick_device(args.device), Path(args.out or "pictures")
-    open_sound(*args.file).close()  # before a folder is made for nothing
-    ready(out / "ssm.png")
-    model, waves = mt2.load(args.run, device), cut(*args.file)[:15].to(device)
+    open_sound(*args.file).close()
+    model = mt2.load(args.run, device)
     need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")
+    ready(out / "ssm.png")  # only now: a wrong name leaves no folder behind
+    waves = cut(*args.file)[:15].to(device)
     with torch.no_grad():
         figures = dict(ssm=similarity_figure(model, waves[:8]), attention=attention_figure(model, waves[:1]))
         figures |= dict(circle=circle_figure(model, waves)) if "eq" in model.class_tokens else {}
@@ -841,7 +844,7 @@ def command_figures(args):
 
 FLAGS = {
     "run": dict(help="run folder or model.pt"), "file": dict(nargs="+", help="sound files"),
-    "--data": dict(help="manifest.csv with columns path, labels, perhaps split; default: generated music"),
+    "--data": dict(help="manifest.csv with columns path, labels, perhaps split"),
     "--task": dict(help="columns of the manifest, or tasks on generated music; comma-separated"),
     "--encoder": dict(action="append", default=[], help="muq:DIR, mert:DIR, musicfm:DIR or module:callable"),
     "--download": dict(action="store_true", help="let a package fetch its weights by name"),

@@ -1674,9 +1674,13 @@ def test_a_file_cut_short_costs_only_itself_and_the_exit_status(small_run, capsy
     broken = small_run / "cut.flac"
     soundfile.write(broken, noise(64000).numpy() / 9, 16000)
     broken.write_bytes(broken.read_bytes()[:40000])
-    songs = small_run / "song0.wav", broken, small_run / "song1.wav"
+    headless, rate = small_run / "noise.raw", small_run / "rate.wav"
+    headless.write_bytes(bytes(range(256)) * 100)
+    soundfile.write(rate, np.ones(64000) / 9, 16000)
+    rate.write_bytes(rate.read_bytes()[:24] + (2_000_000_025).to_bytes(4, "little") + rate.read_bytes()[28:])
+    songs = small_run / "song0.wav", broken, small_run / "song1.wav", headless, rate
     said = probe_main(capsys, "embed", small_run / "run", *songs, "--out", small_run / "two.npz")
-    assert said == "probe: 1 of 3 files were left out: see above"
+    assert said == "probe: 3 of 5 files were left out: see above"
     assert probe_main(capsys, "embed", small_run / "run", broken) == "probe: no sound could be read"
     assert np.load(small_run / "two.npz")["names"].tolist() == [str(songs[i]) for i in (0, 0, 2, 2)]
     (small_run / "no sound.mp3").write_text("nor can it be opened")
@@ -1746,7 +1750,8 @@ def test_an_undefined_validation_score_costs_no_result(small_run, capsys):
 
 
 def test_a_run_with_the_name_of_a_reference_is_refused(capsys):
-    assert "reference" in probe_main(capsys, "flux") and "no such checkpoint" in probe_main(capsys, "my_flux")
+    assert all("reference" in probe_main(capsys, name) for name in ("flux", "my attention"))
+    assert "no such checkpoint" in probe_main(capsys, "my_flux")
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["key", "nowhere", "x.wav"], ["--encoder", "muq:nowhere"],
@@ -1755,10 +1760,16 @@ def test_probe_refuses_what_is_not_there_in_one_line(capsys, words):
     assert probe_main(capsys, *words).startswith("probe: ")
 
 
+@pytest.mark.parametrize("command, out", [("figures", "new"), ("embed", "new/features.npz")])
+def test_a_run_that_is_not_there_leaves_no_folder_behind(command, out, small_run, capsys, tmp_path):
+    said = probe_main(capsys, command, "nowhere", small_run / "song0.wav", "--out", tmp_path / out)
+    assert "no such checkpoint" in said and not (tmp_path / "new").exists()
+
+
 def test_ctrl_c_ends_a_probe_in_one_line(small_run, capsys, monkeypatch):
-    def interrupt(files):
+    def interrupt(path):
         raise KeyboardInterrupt
-    monkeypatch.setattr(probe, "sounds", interrupt)
+    monkeypatch.setattr(probe, "cut", interrupt)
     assert probe_main(capsys, "key", small_run / "run", small_run / "song0.wav") == "probe: stopped"
 
 
@@ -2165,8 +2176,8 @@ def benchmark_step(device):
         flop = counter.get_total_flops()
         for name in list(steps)[:2 if compiler else 1]:
             rate = flop / medians[name]
-            print(f"  {name}: {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s, {rate / rates[used]:.0%}"
-                  f" of the {used} matrix product; {batch / medians[name]:,.0f} tracks/s")
+            print(f"  {name}: {batch / medians[name]:,.0f} tracks/s; {flop / 1e9:,.1f} GFLOP a step, "
+                  f"{rate / 1e9:,.0f} GFLOP/s, {rate / rates[used]:.0%} of the {used} matrix product")
         parts = {"the whole step": ours} | parts_of_a_step(net, batch, fresh, waves)
         race(f"of it, {size}", parts, repeats=5)
     print("\ncost of losses and backward, demo width: ms per track")
