@@ -201,6 +201,14 @@ def test_both_losses_in_bf16_and_under_autocast_are_close_to_float32():
                 assert (torch.autograd.grad(low, a)[0] - grad).norm() < 0.05 * grad.norm()
 
 
+def test_under_autocast_the_losses_and_the_front_end_are_those_of_float32():
+    a, b, front = noise(300, 12), noise(300, 12, seed=1), mt2.FrontEnd()
+    parts = (nt_xent, lambda a, b: cpsd(a.softmax(1), b.softmax(1), 3), lambda a, b: front(a.view(1, -1))[0])
+    plain = [f(a, b) for f in parts]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(f(a, b), x) for f, x in zip(parts, plain))
+
+
 # ---- Front ends ------------------------------------------------------------------------------------------
 
 SEMITONES = 27.5 * 2 ** (torch.arange(99, dtype=torch.float64) / 12)  # Hz of the VQT's bins
@@ -257,6 +265,10 @@ def test_a_crop_is_a_transposition(semitones):
     assert (spectrum(semitones)[..., :84] - low).abs().max() > 0.1  # uncropped they differ
 
 
+def test_unit_range_is_db_over_80_plus_1():
+    assert unit_range(torch.tensor([[[-10., -30., -50., -99.]]])).flatten().tolist() == [1, 0.75, 0.5, 0]
+
+
 @pytest.mark.parametrize("name", EXTREME)
 def test_extreme_sound_gives_finite_features_from_0_to_1_and_silence_0(name):
     wave = EXTREME[name][None]
@@ -293,6 +305,11 @@ def test_tune_has_the_published_size_its_stages_and_one_embedding_per_clip(expan
     assert net(noise(2, 64000)).shape == (2, 64) and round(million(net), 1) == millions
 
 
+def test_tune_hears_the_middle_59049_samples_alone():
+    net, waves = TUNe(tiny(encoder="tune")).eval(), noise(2, 64000)
+    assert torch.equal(net(F.pad(waves[:, 2475:61524], (2475, 2476))), net(waves))
+
+
 @pytest.mark.parametrize("tasks, inputs", VALID)
 def test_every_valid_model_has_its_shapes(tasks, inputs):
     net = model(tasks=tasks, inputs=inputs, depth=2)
@@ -308,6 +325,29 @@ def test_every_valid_model_has_its_shapes(tasks, inputs):
     for shape in ((64000,), (1, 64001), (1, 512), (1, 100), (1, 1, 64000)):
         with pytest.raises(ValueError, match="MT2 takes waves"):
             net(torch.zeros(shape))
+
+
+def test_the_encoder_is_torchs_pre_norm_transformer_on_tokens_positions_and_means_of_own_branches():
+    net, mel, vqt, frames = model(depth=2), noise(3, 4, 128), noise(3, 4, 84), torch.tensor([0, 40, 41, 125])
+    layers, m, v = net.encode(mel, vqt, frames), net.patch_mel(mel), net.patch_vqt(vqt)
+    cls = net.cls + torch.stack([v.mean(1), m.mean(1)], 1)  # eq: VQT, con: mel
+    x = torch.cat([cls, m + v], 1) + net.position[[0, 1, 2, 42, 43, 127]]
+    assert_close(layers[0], x)
+    for block in net.blocks:
+        peer = torch.nn.TransformerEncoderLayer(24, 2, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+        values = [*block.state_dict().values()]  # ours begin with the norms, theirs end with them
+        peer.load_state_dict(dict(zip(peer.state_dict(), values[4:] + values[:4])))
+        x = peer(x)
+    assert_close(layers[-1], net.norm(x))
+
+
+def test_sequence_tokens_are_the_mean_of_both_passes_and_without_hiding_there_is_one():
+    passes, layers = model().passes(noise(2, 64000)), model().layers(noise(2, 64000))
+    assert_close(layers[:, :, 2:], passes.mean(0)[:, :, 2:])
+    seen = model(hide_mel=0)
+    paid = probe.attention(seen, noise(2, 64000))
+    assert len(passes) == 2 and len(seen.passes(noise(2, 64000))) == 1
+    assert (paid["eq"] - paid["con"]).abs().max() > 1e-5  # each its own row of one map
 
 
 def test_an_offset_is_an_int_or_one_per_clip_and_the_middle_by_default():
@@ -365,21 +405,33 @@ def test_each_task_has_views_of_its_own_length_and_frames(monkeypatch):
     assert con[2] != other_con[2] and eq[2] != other_eq[2]  # of every step its own
 
 
-def test_the_third_equivariant_view_is_segment_a_again(monkeypatch):
-    seen = []
-    monkeypatch.setattr(mt2, "crop", lambda vqt, offset: seen.append(vqt) or vqt[..., :84])
-    mt2.losses(model(eq_db=0.0), [noise(5, 2, 126, bins, seed=bins) for bins in (128, 99)], seeded(1))
-    a, b, again = seen[1].chunk(3)
-    assert torch.equal(a, again) and not torch.equal(a, b)
+def test_each_loss_gets_the_tokens_pairs_and_temperature(monkeypatch):
+    """With all 126 frames, one crop and no equaliser the views are the segments themselves."""
+    net, waves, seen = model(frames=126, con_frames=126, eq_db=0.0, temperature=0.3), noise(4, 2, 64000), []
+    monkeypatch.setattr(mt2, "crop", lambda vqt, offset: vqt[..., 8:92])
+    monkeypatch.setattr(mt2, "autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(mt2, "nt_xent", lambda *given: seen.append(given) or nt_xent(*given))
+    monkeypatch.setattr(net, "logits", lambda token: seen.append(token) or MT2.logits(net, token))
+    mt2.losses(net, [x.unflatten(0, (4, 2)) for x in net.front_end(waves.flatten(0, 1))], seeded(0))
+    a, b = net(waves[:, 0]), net(waves[:, 1])
+    assert_close(seen[0], (a.z, b.z, 0.3))
+    assert_close(seen[1], torch.cat([x.tokens[:, 0] for x in (a, b, a)]))
 
 
-def test_each_loss_reads_both_segments():
-    mel, vqt = (30 * noise(6, 2, 126, bins, seed=bins) - 60 for bins in (128, 99))  # dB
-    plain = mt2.losses(model(), [mel, vqt], seeded(1))
-    for segment in (0, 1):
-        other = [x.index_copy(1, torch.tensor([segment]), x.flip(0)[:, [segment]]) for x in (mel, vqt)]
-        terms = mt2.losses(model(), other, seeded(1))
-        assert all((plain[name] - terms[name]).abs() > 1e-4 for name in ("nt_xent", "cpsd"))
+def test_every_view_has_a_crop_and_an_equaliser_of_its_own(monkeypatch):
+    seen, same = [], [30 * noise(5, 1, 126, bins).expand(-1, 2, -1, -1) - 60 for bins in (128, 99)]  # A is B
+    monkeypatch.setattr(mt2, "crop", lambda vqt, offset: seen.append((vqt, offset)) or crop(vqt, offset))
+    mt2.losses(model(), same, seeded(1))
+    (_, con), (vqt, eq) = seen
+    for x in (con.view(2, 5), eq.view(3, 5), vqt.view(3, 5, -1)):
+        assert len(x.unique(dim=0)) == len(x)
+
+
+def test_tunes_positives_are_the_two_segments_of_a_track():
+    waves = noise(6, 2, 8)
+    net = types.SimpleNamespace(config=tiny(encoder="tune", temperature=0.3), encode=lambda wave: wave)
+    expected = nt_xent(waves[:, 0], waves[:, 1], 0.3)
+    assert_close(mt2.losses(net, [waves], None)["nt_xent"], expected)
 
 
 def test_class_tokens_alone_and_their_gradients_are_those_of_the_whole_sequence():
@@ -616,6 +668,18 @@ def test_both_segments_lie_in_the_track_and_within_the_gap(tmp_path):
     assert 2 < (starts[:, 0] - starts[:, 1]).abs().max() < 3.1
 
 
+def test_channels_are_mixed_to_mono(tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.tile([0.2, 0.6], (80000, 1)), 16000, "FLOAT")
+    for waves in (AudioFolder(tmp_path).pair(0, seeded(0)), probe.cut(tmp_path / "x.wav")[:1]):
+        assert_close(waves, torch.full_like(waves, 0.4))
+
+
+def test_a_track_with_one_silent_segment_is_not_used(tmp_path):
+    soundfile.write(tmp_path / "late.wav", np.repeat([0, 0.5], 80000), 16000)
+    with pytest.raises(ValueError, match="silent where it was read"):
+        AudioFolder(tmp_path).read(tmp_path / "late.wav", 0.0, 0.99)
+
+
 def test_silent_passages_lost_files_and_links_in_circles_do_no_harm(tmp_path):
     late = torch.cat([torch.zeros(5 * 16000), tone([440], 10)[0]]).numpy()
     for name in ("late.wav", "lost.wav"):
@@ -714,6 +778,14 @@ def test_a_perfect_y_gets_perfect_figures_and_its_key_is_read_whatever_its_rotat
     assert min(figures[k] for k in ("agree", "equivariance", "fork", "follows_key", "exact", "fifth")) > 0.999
     assert figures["follows_offset"] < 0.4 and "SHORTCUT" not in verdict(figures) and len(truth.unique()) > 10
     assert torch.equal(key_signature(key_phase(oracle, waves[:, 0])[0], calibrate(oracle)), truth)
+
+
+@pytest.mark.parametrize("away, fifth", [(7, 1), (5, 1), (2, 0)])
+def test_a_key_a_fifth_away_on_either_side_is_not_exact_but_within_a_fifth(away, fifth, known):
+    waves, truth, heard, keys = known
+    keys = torch.cat([(keys[:72] + away) % 12, keys[72:]])  # 72: of the calibration's tracks, right
+    figures = monitor(Oracle(heard, keys), waves, truth)
+    assert (figures["exact"], figures["fifth"]) == (0, fifth)
 
 
 def test_a_y_that_stands_still_or_follows_the_crop_alone_is_called_a_shortcut_and_nan_is_not_praised(known):
@@ -823,6 +895,21 @@ def test_the_learning_rate_rises_then_falls():
     assert 0.045 < rates[-1] < 0.055 and np.all(np.diff(rates[50:]) < 0)
 
 
+def test_adamw_gets_the_published_betas_the_logged_rate_and_decay_on_a_cosine(tmp_path, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *given: seen.extend(
+        (*g["betas"], g["lr"], g["weight_decay"]) for g in self.param_groups) or step(self, *given))
+    rates = log_of(train(tiny(tmp_path, tasks="con")))[:, 4]
+    decay = [0.04, 0.03886, 0.03561, 0.03074, 0.025, 0.01926, 0.01439, 0.01114]  # from 0.04 to 0.01
+    np.testing.assert_allclose(seen[::2], [(0.9, 0.98, lr, d) for lr, d in zip(rates, decay)], rtol=1e-3)
+    np.testing.assert_allclose(seen[1::2], [(0.9, 0.98, lr, 0) for lr in rates], rtol=1e-3)
+
+
+def test_the_weight_of_cpsd_is_the_flags(tmp_path):
+    (_, loss, nt, eq, _), = log_of(train(tiny(tmp_path, steps=1, eq_weight=2.5)))
+    assert loss == pytest.approx(nt + 2.5 * eq, rel=1e-4)
+
+
 def test_a_saved_model_loads_as_it_was_and_may_start_another_run(unbroken, tmp_path):
     net = load(unbroken)
     assert not net.training and load(unbroken / "model.pt")(noise(1, 64000)).y.isfinite().all()
@@ -909,6 +996,17 @@ def test_seeds_and_ranks_draw_other_segments_of_a_folder_and_other_views(songs):
     assert torch.equal(mt2.Stream(configs[1], 1)[7][0][0], chunks[1])
 
 
+def test_music_is_easy_then_ever_richer_then_the_folders(songs, monkeypatch):
+    stream, seen = mt2.Stream(tiny(data=str(songs), easy=0.2, steps=100, gap=7)), []
+    assert stream.folder.gap == 7 and stream.music.seed >= 4096  # seeds below are never trained on
+    silence = lambda n, step, rich: seen.append((step, rich)) or (torch.zeros(n, 2, 64000), {})
+    monkeypatch.setattr(stream.music, "batch", silence)
+    for i in (0, 19, 30, 39, 40, 99):
+        stream[i]
+    np.testing.assert_allclose(seen, [(0, 0), (19, 0), (30, 0.5), (39, 0.95)])
+    assert not torch.equal(stream.generator(7).get_state(), stream.generator(8).get_state())
+
+
 def test_a_run_on_a_folder_that_died_goes_on_as_if_unbroken_with_or_without_workers(songs, tmp_path, capsys):
     settings = dict(data=str(songs), easy=0, tasks="con")
     whole = train(tiny(tmp_path / "whole", workers=0, **settings))
@@ -929,7 +1027,7 @@ def test_kill_9_at_random_moments_costs_nothing(songs, tmp_path):
         run = python(HERE / "mt2.py", *FLAGS, *flags, cwd=tmp_path)
         while run.poll() is None and (not log.exists() or log.read_text().count("\n") <= rows):
             time.sleep(0.01)
-        time.sleep(random.random() / 20)
+        time.sleep(random.Random(rows).random() / 20)
         run.kill()
         run.communicate(timeout=60)
     np.testing.assert_allclose(log_of(tmp_path / "run"), log_of(whole), rtol=1e-5, atol=1e-6)
@@ -1249,7 +1347,7 @@ def test_bf16_and_float32_agree_within_three_percent_over_a_short_run(tmp_path, 
     np.testing.assert_allclose(*logs, rtol=0.03)
 
 
-@pytest.mark.parametrize("more", [{}, dict(encoder="tune", batch=2)])
+@pytest.mark.parametrize("more", [{}, dict(encoder="tune", expansion=0, batch=2)])
 def test_a_compiled_run_is_the_plain_run_and_goes_on_as_it(more, tmp_path, monkeypatch):
     calls, whole = [], torch.compile
 
@@ -1274,12 +1372,14 @@ def test_cpsd_compiles_whole_and_stays_what_it_was():
     assert_close(*results)
 
 
-def test_every_step_sees_a_whole_batch_whatever_the_pool(tmp_path):
-    sizes = []
+@pytest.mark.parametrize("more", [dict(batch=5, pool=5, fresh=3), {}])
+def test_every_step_sees_a_whole_batch_of_different_tracks_whatever_the_pool(more, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, lambda n, batch: sizes.append(len(batch[0])))
-        train(tiny(tmp_path, batch=5, pool=5, fresh=3, steps=3))
-    assert sizes == [5, 5, 5]
+        seen = []
+        at_step(patch, lambda n, batch: seen.append(batch[1].flatten(1)))
+        train(tiny(tmp_path, steps=3, tasks="con", **more))
+    for tracks in seen:  # in an empty place of the pool all is 0
+        assert len(tracks.unique(dim=0)) == len(tracks) == tiny(**more).batch and tracks.any(1).all()
 
 
 def test_a_hundred_steps_of_a_tiny_model_learn_key_and_no_shortcut(tmp_path):
@@ -1349,6 +1449,14 @@ def test_losses_of_two_ranks_equal_one_process_in_value_and_gradient(two_ranks):
         mine = torch.cat([rank["grads"][i] for rank in ranks]) / 2  # the loop takes the mean over ranks
         assert_close(mine, expected, rtol=1e-4, atol=1e-6)
     assert_close(sum(rank["losses"] for rank in ranks) / 2, torch.stack(whole).detach())
+
+
+def test_gradients_are_averaged_not_summed(monkeypatch):
+    monkeypatch.setattr(mt2, "world_size", lambda: 4)
+    monkeypatch.setattr(mt2.dist, "all_reduce", lambda x: x.mul_(4))  # four processes that agree
+    given = [noise(2, 3), noise(4)]
+    mt2.average(mine := [x.clone() for x in given])
+    assert_close(mine, given)
 
 
 def torchrun(*words, **more):
@@ -1527,6 +1635,78 @@ def test_a_probe_finds_what_was_planted_and_nothing_in_noise():
     assert right[0] < 0.5 and right[1] > 0.8 and loss[1] < loss[0]
 
 
+def test_features_are_standardised_by_the_training_rows(monkeypatch):
+    seen, fit, y = [], probe.fit, F.one_hot(torch.arange(60) % 2).float()
+    monkeypatch.setattr(probe, "fit", lambda x, *more: seen.append(x) or fit(x, *more))
+    probe.probe(3 * noise(1, 60, 4) + 5, y, 9 * noise(1, 60, 4), y, False)
+    for got, value in ((seen[0].mean(1), 0.0), (seen[0].std(1), 1.0)):
+        assert_close(got, torch.full((1, 4), value), rtol=0, atol=1e-5)
+
+
+def test_a_mixture_leans_on_the_layer_that_tells():
+    y = torch.arange(600) % 3
+    x, target = noise(3, 600, 8), F.one_hot(y, 3).float()
+    x[1, :, 2] += 4 * y
+    held = x[:, 300:450], target[300:450]
+    predict, loss, share = probe.probe(x[:, :300], target[:300], *held, False, mix=True)
+    assert predict(x[:, 450:])[0].argmax(1).eq(y[450:]).float().mean() > 0.8 and share[1] > 0.6
+    assert share.sum().item() == pytest.approx(1) and loss.shape == (1,)
+
+
+@pytest.mark.parametrize("valid", [[], [6, 7]])
+def test_a_probe_neither_trains_nor_chooses_on_test_files_nor_trains_on_what_it_chooses_by(
+        valid, monkeypatch):
+    seen, probe_of = [], probe.probe
+    files = lambda x: frozenset(x[0, :, 0].tolist())  # each file's one feature is its number
+
+    def spy(x, y, held, *more):
+        seen.append((files(x), files(held)))
+        return probe_of(x, y, held, *more)
+    monkeypatch.setattr(probe, "probe", spy)
+    task = probe.clip_task("mood", [*"ababababab"], torch.arange(10))
+    parts = [torch.tensor(part, dtype=torch.long) for part in ([0, 1, 2, 3, 4, 5], valid, [8, 9])]
+    found = {("x", (0, 1, 2)): {"eq": torch.arange(10.).view(1, 10, 1)}}
+    probe.study(found, {"mood": task}, {"mood": parts}, "cpu", False)
+    assert len(seen) == 3 and len(set(seen)) > 1  # a probe for each seed, which leaves out others
+    for train, held in seen:
+        assert held and len(train) >= 4 and not train & held and not {8, 9} & (train | held)
+        assert not valid or held == {6, 7}
+
+
+def test_readouts_are_what_their_names_say():
+    x = noise(2, 3, 128, 5)  # two layers of eq, con and 126 frames
+    cls, seq = x[:, :, :2], x[:, :, 2:]
+    assert_close(probe.readouts(x, ("eq", "con")), dict(
+        eq=x[:, :, 0], con=x[:, :, 1], cls_avg=cls.mean(2), seq_avg=seq.mean(2), all_avg=x.mean(2), seq=seq))
+
+
+def test_probabilities_of_windows_are_averaged_per_file(monkeypatch):
+    monkeypatch.setattr(probe, "probe", lambda *given: (lambda x: x, torch.zeros(1), None))
+    x, file = noise(1, 5, 3), torch.arange(3)
+    task = probe.Task(torch.eye(3), torch.tensor([0, 0, 0, 1, 2]), lambda p, *_: p)
+    (p,), _, _ = probe.evaluate(x, task, (file[:2], file[2:], file[2:]), "cpu", False)
+    assert_close(p, torch.stack([w.softmax(1).mean(0) for w in x[0].split((3, 1, 1))]))
+
+
+def test_scores_are_filed_under_their_readout_and_layer(monkeypatch):
+    monkeypatch.setattr(probe, "evaluate", lambda x, *_: (
+        [{"accuracy": v.mean()} for v in x], [0.0] * len(x), None))
+    eq, con = torch.arange(1., 5).view(2, 2, 1, 1)  # two layers each
+    task, parts = probe.Task(torch.eye(2), torch.arange(2), None), [torch.arange(9)] * 3
+    rows = probe.study({("x", (0,)): dict(eq=eq, con=con)}, {"mood": task}, {"mood": parts}, "cpu", False)
+    assert [(r["readout"], r["layer"], r["value"]) for r in rows] == [
+        ("eq", 0, 1), ("eq", 1, 2), ("con", 0, 3), ("con", 1, 4)]
+
+
+def test_references_see_pitch_class_rise_and_neighbours():
+    front, wave = mt2.FrontEnd(), tone([261.63])
+    chroma = probe.of_spectrum("chroma", front)(wave)
+    assert chroma["mean+std"].shape == (1, 1, 24) and chroma["mean+std"][0, 0].argmax() == 3  # A is 0
+    assert chroma["seq"].shape == (1, 1, 126, 36)
+    click = F.pad(torch.ones(1, 1), (32000, 31999))  # first heard in frame 62
+    assert probe.of_spectrum("flux", front)(click)["curve"].argmax() == 62
+
+
 def test_attention_is_that_of_the_pass_that_a_token_comes_from():
     net, wave = model(), noise(2, 64000)
     before = probe.attention(net, wave)
@@ -1550,9 +1730,14 @@ def test_average_precision_and_auc_equal_scikit_learn_with_ties_and_skip_absent_
     assert probe.ranking(truth, said) == pytest.approx(together)
 
 
-def test_tempo_counts_octave_errors_only_in_acc2():
-    scores = probe.tempo_accuracy(np.array([100., 100, 100, 100]), np.array([103., 200, 33, 70]))
-    assert scores == {"acc1": 0.25, "acc2": 0.75}
+def test_tempo_counts_octave_errors_only_in_acc2_and_nothing_beyond_4_percent():
+    said = np.array([103., 105, 200, 50, 300, 33, 70])
+    assert probe.tempo_accuracy(np.full(7, 100.), said) == pytest.approx({"acc1": 1 / 7, "acc2": 5 / 7})
+
+
+def test_a_key_a_fifth_above_the_truth_scores_one_half():
+    task = probe.clip_task("key", [0], torch.tensor([0]))  # C major, and G major said
+    assert task.score(torch.eye(24)[[7]], torch.tensor([0]), None) == {"accuracy": 0, "mirex": 0.5}
 
 
 def test_chord_labels_fold_to_major_minor_and_none():
@@ -1577,6 +1762,22 @@ def test_events_beyond_what_was_read_are_not_missed():
     assert task.score(task.y, owner[:1], owner[:1])["f_measure"] == 1
 
 
+@pytest.mark.parametrize("name, expected", [("beat", 1), ("onset", 0)])
+def test_beats_count_within_70_ms_and_onsets_within_50(name, expected):
+    now, file = torch.arange(126)[None] * 0.032, torch.tensor([0])
+    task = probe.event_task(name, [np.array([1.0])], file, now)
+    p = torch.eye(126)[33].view(1, 126, 1)  # 1.056 s
+    assert task.score(p, file, file)["f_measure"] == expected
+
+
+def test_the_threshold_of_events_comes_from_validation_files():
+    now, one = torch.arange(126) * 0.032 + torch.zeros(2, 1), torch.tensor([1])
+    task = probe.event_task("onset", [np.array([1.0]), np.array([1.0, 2.0])], torch.arange(2), now)
+    p = torch.zeros(2, 126, 1)
+    p[0, [31, 60], 0], p[1, [31, 62], 0] = torch.tensor([0.9, 0.8]), torch.tensor([0.95, 0.3])
+    assert task.score(p, one, one - 1)["f_measure"] == pytest.approx(2 / 3)  # one of two found
+
+
 def test_without_an_event_in_validation_the_surest_peak_alone_is_an_event():
     now = torch.arange(126) * 0.032 + torch.zeros(2, 1)
     task = probe.event_task("onset", [np.array([]), np.array([1.0])], torch.arange(2), now)
@@ -1590,6 +1791,12 @@ def test_a_sound_file_that_was_cut_short_is_named(tmp_path):
     (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:40000])
     with pytest.raises(ValueError, match="cut.flac: broken or cut short"):
         probe.cut(tmp_path / "cut.flac")
+
+
+@pytest.mark.parametrize("seconds, windows", [(1, 1), (4.9, 1), (5.1, 2), (8, 2)])
+def test_a_rest_shorter_than_a_quarter_of_a_window_is_dropped(seconds, windows, tmp_path):
+    soundfile.write(tmp_path / "x.wav", tone([440], seconds)[0].numpy(), 16000)
+    assert probe.cut(tmp_path / "x.wav").shape == (windows, 64000)
 
 
 def test_a_metric_that_is_not_defined_stops_neither_table_nor_figure(capsys):
@@ -1615,7 +1822,24 @@ def test_the_table_on_generated_music_has_every_task_and_its_references(small_ru
     mine = {(r["readout"], r["layer"]) for r in rows if r["task"] == "key" and r["encoder"].endswith("run")}
     assert mine == {(readout, layer) for readout in probe.READOUTS for layer in (0, 1)}
     assert all(name in said for name in ("untrained", "log-mel", "chroma", "flux"))
+    losses = {n: [r["valid_loss"] for r in rows if r["encoder"].endswith(n)] for n in ("run", "untrained")}
+    assert len(losses["run"]) == len(losses["untrained"]) and losses["run"] != losses["untrained"]
     assert (small_run / "out" / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_parts_of_generated_music_share_no_clip(monkeypatch):
+    for name, value in dict(COUNTS=(2, 2, 2), LOCAL=(2, 2, 2), CHUNK=2).items():
+        monkeypatch.setattr(probe, name, value)
+    waves = torch.cat([waves for waves, *_ in probe.generated(probe.defaultdict(list))])
+    assert len(waves.abs().sum(1).unique()) == 6
+
+
+def test_the_table_takes_the_layer_of_the_lowest_validation_loss_not_of_the_best_test_score(capsys):
+    row = dict(encoder="run", task="key", readout="con", metric="accuracy", std=0.0)
+    probe.table([row | dict(layer=i, value=v, valid_loss=loss)
+                 for i, (v, loss) in enumerate(((0.9, 2.0), (0.5, 1.0), (0.4, 3.0)))])
+    said = capsys.readouterr().out
+    assert "0.500±0.000 L1" in said and "0.400±0.000 L2" in said and "0.900" not in said
 
 
 def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, capsys):
@@ -1668,6 +1892,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(small_run, ca
     words = [command, small_run / "run", small_run / "song0.wav"] if command else [small_run / "run"]
     said = probe_main(capsys, *words, "--out", small_run / "file" / "below")
     assert said.startswith("probe: --out") and (small_run / "file").read_text() == "precious"
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text("precious")
+    monkeypatch.setattr(os, "replace", disk_full)
+    with pytest.raises(OSError):
+        probe.write(tmp_path / "x.json", "new")
+    assert (tmp_path / "x.json").read_text() == "precious"
 
 
 def test_a_file_cut_short_costs_only_itself_and_the_exit_status(small_run, capsys):
@@ -1986,7 +2218,8 @@ def test_every_command_of_the_readme_runs(words, newcomer, short_probe, monkeypa
     flags = words[script + 1:]
     if words[script] == "mt2.py":  # torchrun: in one process here, the ranks have tests of their own
         flags += [] if "--out" in flags else ["--out", "runs/first"]  # runs/demo is there, of another size
-        code, lines = run_main(monkeypatch, capsys, *flags, *FLAGS[:-1])
+        few = ["--steps=2"] if "tune" in flags else []  # which is slow
+        code, lines = run_main(monkeypatch, capsys, *flags, *FLAGS[:-1], *few)
         assert code == 0, lines
     elif words[script] == "probe.py":
         said = probe_main(capsys, *flags, *(["--steps", 1, "--seeds", 1] if "ablation" in flags else []))
