@@ -1093,7 +1093,8 @@ def losses(model, batch, g, encode=None):
     real music, .75 instead of .88), and from few frames, as each has the sound and none the tune (measured,
     one or two runs, real windows: 16 frames .80, 2 to 4 .83 to .84, 1 frame .80). The equivariant token
     learns from A, B and A', each VQT with its own EQ, without mel."""
-    c, dev, terms, encode = model.config, batch[0].device, {}, encode or model.encode
+    c, dev, terms = model.config, batch[0].device, {}
+    encode = encode or model.encode
     if c.encoder == "tune":
         with autocast(dev):
             z = encode(batch[0].float().transpose(0, 1).flatten(0, 1))  # [2B, P]: all A, then all B
