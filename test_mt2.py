@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -153,6 +154,33 @@ def test_nt_xent_keeps_no_matrix_for_the_backward_pass():
     assert sum(saved) < 3000 * 3000 / 10 and loss.grad_fn.kept is None
 
 
+@pytest.mark.parametrize("keep", [0, 2 ** 22])
+def test_nt_xent_in_strips_among_processes_equals_one_process(keep, monkeypatch):
+    """Two threads stand for two processes."""
+    a, b = (noise(40, 6, seed=s).double().requires_grad_() for s in (0, 1))
+    whole, sent, both, me = autograd_nt_xent(a, b), {}, threading.Barrier(2, timeout=20), threading.local()
+
+    def gather(x):
+        sent[me.rank] = x
+        both.wait()
+        found = torch.cat([sent[0], sent[1]])
+        both.wait()
+        return found
+    monkeypatch.setattr(mt2, "gather", gather)
+    monkeypatch.setattr(mt2.dist, "get_rank", lambda: me.rank)
+    monkeypatch.setattr(mt2.NTXent, "KEEP", keep)
+
+    def process(rank):
+        me.rank, mine = rank, [x.detach().chunk(2)[rank].requires_grad_() for x in (a, b)]
+        loss = mt2.NTXent.apply(torch.cat(mine), 0.1, 16)
+        return loss.item(), torch.autograd.grad(loss, mine)
+    with ThreadPoolExecutor(2) as pool:
+        losses, grads = zip(*pool.map(process, (0, 1)))
+    assert np.mean(losses) == pytest.approx(whole.item(), rel=1e-10)
+    for mine, expected in zip(zip(*grads), torch.autograd.grad(whole, (a, b))):
+        assert_close(torch.cat(mine) / 2, expected)  # the loop takes the mean over ranks
+
+
 @pytest.mark.parametrize("B, omega", [(1, 7), (2, 1), (33, 7), (5, 2)])
 def test_cpsd_equals_the_complex_definition(B, omega):
     y_a, y_b = (noise(B, 12, seed=s).mul(3).double().softmax(1) for s in (0, 1))
@@ -256,6 +284,17 @@ def test_vqt_equals_a_direct_correlation_in_float64(frame, j):
     assert VQT().magnitude(noise(1, 64000))[0, frame, j].item() == pytest.approx(direct, rel=2e-3)
 
 
+def test_a_vqt_of_other_arguments_hits_its_bins_and_gamma_widens_the_bass():
+    hertz = 55 * 2 ** (torch.arange(72, dtype=torch.float64) / 24)
+    level = VQT(8000, 256, 55, 72, 24).magnitude(tone(hertz, rate=8000))[:, 63]
+    assert (level.argmax(1) == torch.arange(72)).all()
+    assert_close(level.diagonal(1), torch.full((71,), 0.5), rtol=0.1, atol=0)  # a bin's width
+    wide = VQT(8000, 256, 55, 72, 24, gamma=20.0).magnitude(tone(hertz[:1], rate=8000))[0, 63]
+    assert wide[0] == pytest.approx(1, abs=0.03) and wide[1] > 0.9
+    with pytest.raises(ValueError, match="must lie below half of 8000 Hz"):
+        VQT(8000)
+
+
 @pytest.mark.parametrize("semitones", [1, 3, 15])
 def test_a_crop_is_a_transposition(semitones):
     chord = lambda up: tone(SEMITONES[[20, 40, 60]] * 2 ** (up / 12)).mean(0, keepdim=True)
@@ -263,6 +302,14 @@ def test_a_crop_is_a_transposition(semitones):
     low, high = (crop(spectrum(up), torch.tensor([up])) for up in (0, semitones))
     assert_close(high, low, rtol=0, atol=0.001)  # of 0.33 a tone
     assert (spectrum(semitones)[..., :84] - low).abs().max() > 0.1  # uncropped they differ
+
+
+def test_equalisers_are_linear_between_octaves_and_stronger_at_the_ends():
+    curves = mt2.random_equaliser(4000, 3.0, seeded(0))
+    assert curves.shape == (4000, 1, 99)
+    assert_close(curves[..., 54], (curves[..., 48] + curves[..., 60]) / 2)
+    std = curves[:, 0].std(0)[[0, 48, 96]]
+    assert_close(std, 3 * torch.tensor([2 ** 0.5, 1, 2 ** 0.5]), rtol=0.05, atol=0)
 
 
 def test_unit_range_is_db_over_80_plus_1():
@@ -296,6 +343,11 @@ def test_the_paper_size_has_5_3_to_5_6_million_parameters():
     assert 5.3 < million(MT2(Config(size="paper"))) < 5.6
 
 
+def test_published_values_are_the_defaults():
+    c = Config(size="paper")
+    assert (c.dim, c.depth, c.heads, c.batch, c.temperature) == (192, 12, 3, 128, 0.1)
+
+
 @pytest.mark.parametrize("expansion, millions", [(0, 2.4), (1, 2.1), (4, 2.2)])
 def test_tune_has_the_published_size_its_stages_and_one_embedding_per_clip(expansion, millions):
     net = TUNe(tiny(encoder="tune", expansion=expansion)).eval()
@@ -308,6 +360,19 @@ def test_tune_has_the_published_size_its_stages_and_one_embedding_per_clip(expan
 def test_tune_hears_the_middle_59049_samples_alone():
     net, waves = TUNe(tiny(encoder="tune")).eval(), noise(2, 64000)
     assert torch.equal(net(F.pad(waves[:, 2475:61524], (2475, 2476))), net(waves))
+
+
+def test_tunes_expansion_is_joined_with_the_contraction_and_its_tail_with_the_expansion():
+    net, given, made = TUNe(tiny(encoder="tune")).eval(), {}, {}
+    for name in ("down", "join", "tail"):
+        for i, stage in enumerate(getattr(net, name)):
+            stage.register_forward_hook(lambda m, x, out, key=(name, i): (
+                given.update({key: x[0]}), made.update({key: out}), None)[2])
+    net(noise(1, 64000))
+    for i in range(4):
+        for name, other in (("join", made["down", 3 - i]), ("tail", made["join", 2 - i] if i < 3
+                                                            else made["down", 4])):
+            assert torch.equal(given[name, i][:, -other.shape[1]:], other)
 
 
 @pytest.mark.parametrize("tasks, inputs", VALID)
@@ -464,6 +529,26 @@ def test_centring_outside_of_training_knows_the_offsets_and_not_the_batch():
     assert fresh.offset_mean.eq(0).all()
 
 
+def test_the_running_mean_moves_by_a_tenth_and_only_where_there_were_clips():
+    net, logits, expected = model(), noise(6, 12), torch.ones(16, 12)
+    net.offset_mean.fill_(1)
+    net.center(logits, torch.full((6,), 3), training=True)
+    expected[3] = 0.9 + 0.1 * logits.mean(0)
+    assert_close(net.offset_mean, expected)
+    same = torch.ones(2, 12, requires_grad=True)  # nothing is left of them: no root of 0
+    net.center(same, torch.tensor([5, 5]), training=True).sum().backward()
+    assert same.grad.isfinite().all()
+
+
+def test_a_new_model_lets_each_bin_through_to_its_output_past_small_branches():
+    net = model(tasks="eq", dim=96, depth=3, heads=3)
+    assert_close(net.patch_vqt[1].weight, 1.5 * torch.eye(96, 84))
+    assert_close(net.head_eq.weight, 1.5 * net.patch_vqt[1].weight.T)
+    for block in net.blocks:
+        for last in block.out, block.mlp[2]:
+            assert last.weight.std().item() == pytest.approx(0.2 * last.in_features ** -0.5, rel=0.2)
+
+
 class Waits(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts what makes the program wait for the device: blocking copies and numbers read from it."""
     count = 0
@@ -527,6 +612,28 @@ def test_same_seed_and_step_same_music_else_other_music():
     assert min((first - x).abs().max() for x in (other, SyntheticMusic(4).batch(2, 5)[0])) > 0.1
 
 
+def test_the_share_of_rich_tracks_is_the_callers(monkeypatch):
+    music, seen = SyntheticMusic(3), []
+    whole = music.track
+    monkeypatch.setattr(music, "track", lambda rng, rich: seen.append(rich) or whole(rng, rich))
+    for rich in (0, 1):
+        music.batch(4, 0, rich)
+    assert seen == 4 * [False] + 4 * [True]
+    assert not torch.equal(SyntheticMusic(3).batch(1, 6)[0], SyntheticMusic(4).batch(1, 5)[0])
+
+
+def test_a_track_has_its_level_lead_instrument_and_room():
+    music, dry, tracks = SyntheticMusic(5), SyntheticMusic(5), []
+    whole = music.track
+    music.track = lambda *given: tracks.append(whole(*given)) or tracks[-1]
+    dry.rooms.zero_()
+    (waves, labels), (other, _) = music.batch(12, 0, 1), dry.batch(12, 0, 1)
+    level, wet = torch.tensor([t.level for t in tracks]), [t.wet > 0 for t in tracks]
+    assert_close(waves.abs().amax(2), level[:, None].expand(-1, 2))
+    assert [list(mt2.INSTRUMENTS)[i] for i in labels["instrument"]] == [t.names[0] for t in tracks]
+    assert [not torch.allclose(x, y, atol=1e-3) for x, y in zip(waves, other)] == wet and len({*wet}) == 2
+
+
 def test_music_and_its_labels_are_in_range(music):
     waves, labels, _ = music
     assert waves.shape == (48, 2, 64000) and waves.isfinite().all()
@@ -557,11 +664,31 @@ def test_the_segments_of_a_track_have_other_notes(music):
     assert (waves[:, 0] - waves[:, 1]).abs().amax(1).min() > 0.1
 
 
+def test_segments_begin_anywhere_within_a_beat(music):
+    _, labels, _ = music
+    phase = labels["beats"][..., 0] * labels["tempo"][:, None] / 60 % 1  # [48, 2]
+    assert phase.min() < 0.1 and phase.max() > 0.9 and (phase[:, 0] - phase[:, 1]).abs().min() > 1e-4
+
+
 @pytest.mark.parametrize("minor", [0, 1])
 def test_every_chord_of_rich_music_is_a_major_or_a_minor_triad(minor):
     rng, rich = random.Random(0), types.SimpleNamespace(rich=True, minor=minor, tonic=3, per_chord=1)
     triads = {tuple(triad) for *_, triad in SyntheticMusic().harmony(rng, rich, 2000)}
     assert {((b - a) % 12, (c - a) % 12) for a, b, c in triads} == {(3, 7), (4, 7)} and len(triads) > 6
+
+
+def test_easy_music_keeps_to_its_scale_rich_minor_raises_notes_and_chords_begin_anywhere():
+    rng, t = random.Random(0), types.SimpleNamespace(rich=False, minor=1, tonic=3, per_chord=1)
+
+    def raised():  # the degrees, from 0
+        walk = SyntheticMusic().harmony(rng, t, 2000)
+        return {tuple(i for i in range(7) if scale[i] - 3 != mt2.SCALES[1][i]) for _, _, scale, _ in walk}
+    assert raised() == {()}
+    t.rich = True
+    assert raised() == {(), (6,), (5, 6), (2,), (5,)}  # leading tones; thirds of I and IV as dominants
+    t.per_chord, harmony = 4, SyntheticMusic().harmony
+    first = {[new for new, *_ in harmony(rng, t, 9)].index(True, 1) for _ in range(40)}
+    assert first == {1, 2, 3, 4}  # beats left of the chord in which a segment begins
 
 
 @pytest.mark.parametrize("minor", [0, 1])
@@ -586,6 +713,54 @@ def test_beats_follow_the_tempo_and_sound_rises_at_onsets(music):
     for row, seconds in zip(at, labels["onsets"].flatten(0, 1)):
         row[(seconds[seconds.isfinite()] * 31.25).long().clamp_max(124)] = True
     assert rise[at].mean() > 1.5 * rise[~at].mean()
+
+
+def test_a_note_its_beat_and_its_chord_begin_when_labelled_and_legato_ends_it(monkeypatch):
+    music, rng = SyntheticMusic(), random.Random(1)
+    t = music.track(rng, False)
+    vars(t).update(tempo=60, drums=0, hiss=0, legato=0.6, silent=0)
+    chords = [(True, 0, [], [b % 12, (b + 4) % 12, (b + 7) % 12]) for b in range(5)]  # C major, C# major, ...
+    monkeypatch.setattr(music, "harmony", lambda *_: chords)
+    monkeypatch.setattr(music, "lines", lambda *_: ([(8, 60), (12, 60)], [], [], [], []))
+    wave, chord, beats, onsets = music.segment(rng, t)
+    sounds = np.abs(wave) > 0
+    assert sounds.argmax() / 16000 == pytest.approx(onsets[0], abs=1e-3) and beats[1] == onsets[0]
+    second = int(16000 * onsets[1])
+    assert not sounds[second - 4800:second - 1].any() and sounds[second:second + 160].any()
+    assert chord == [sum(beat <= frame * 0.032 for beat in beats) for frame in range(126)]
+    t.texture = "solo"
+    assert set(music.segment(rng, t)[1]) == {24} and not any(SyntheticMusic().lines(rng, t, chords[:0])[1:])
+
+
+def test_drums_are_onsets_a_kick_and_a_snare_in_turns_between_hi_hats(monkeypatch):
+    music, rng = SyntheticMusic(), random.Random(1)
+    t = music.track(rng, False)
+    vars(t).update(tempo=60, drums=1.0, hiss=0, silent=0)
+    monkeypatch.setattr(music, "lines", lambda *_: ([], [], [], [], []))
+    wave, _, _, onsets = music.segment(rng, t)
+    onsets = np.array(onsets)[np.isfinite(onsets)]
+    assert_close(torch.from_numpy(np.diff(onsets)), torch.full((len(onsets) - 1,), 0.5).double())
+    hits = [wave[int(16000 * s) + 1:][:4000] for s in onsets[onsets < 3.7]]
+    bass = [np.square(np.abs(np.fft.rfft(hit, 4000))[:26]).sum() for hit in hits]  # below 100 Hz
+    power = [np.square(hit).sum() for hit in hits]
+    tick = [round(4 * (s - onsets[0])) + 2 for s in onsets[onsets < 3.7]]  # the first at -early is not heard
+    assert {n % 8 for n, x in zip(tick, bass) if x > max(bass) / 9} == {0}
+    assert min(x for n, x in zip(tick, power) if n % 4 == 0) > 2 * max(
+        x for n, x in zip(tick, power) if n % 4)
+
+
+def test_instruments_have_the_partials_of_their_table():
+    music, rng = SyntheticMusic(), random.Random(0)
+
+    def strength(name):  # of each partial's place in the wavetable, one row a table
+        return np.abs(np.fft.rfft(music.wavetables(rng, name, 48, 0), axis=1))
+    organ, bells, voice, piano = map(strength, ("organ", "bells", "voice", "piano"))
+    assert organ[0, 16] / organ[0, 8] == pytest.approx(1.8 * 2 ** -0.9, rel=1e-3)  # even harmonics
+    assert bells[:, 44].sum() > 100 * bells[:, 40].sum()  # the fifth partial is stretched
+    assert voice[0, 40] > voice[0, 8] * 5 ** -1.2 * 2  # a formant at 650 Hz
+    assert piano[1, 8] < 1e-3 * piano[0, 8]  # what dies sooner is high
+    assert piano[1, 24] == pytest.approx(2 * piano[0, 24], rel=1e-3)
+    assert np.ptp(music.motion["voice"][0] - np.arange(128000) / 16000) == pytest.approx(0.012 / 35, rel=0.01)
 
 
 def test_a_silent_start_has_no_onsets_no_beats_and_no_chord():
@@ -666,6 +841,23 @@ def test_both_segments_lie_in_the_track_and_within_the_gap(tmp_path):
     starts = torch.stack([folder.pair(0, seeded(i))[:, 100] for i in range(60)]).sub(0.05) / 0.9 * 20
     assert -0.1 < starts.min() < 2 and 14 < starts.max() < 16.1
     assert 2 < (starts[:, 0] - starts[:, 1]).abs().max() < 3.1
+
+
+def test_b_may_begin_before_or_after_a(tmp_path):
+    clock = np.arange(20 * 8000) / 160000 * 0.9 + 0.05
+    soundfile.write(tmp_path / "clock.wav", clock, 8000, subtype="FLOAT")
+    folder = AudioFolder(tmp_path, gap=3)
+    starts = [(folder.read(folder.files[0], 0.5, b)[:, 100] - 0.05) / 0.9 * 20 for b in (0.0, 1.0)]
+    assert_close(torch.stack(starts), torch.tensor([[8.0, 5], [8, 11]]), rtol=0, atol=0.05)
+
+
+def test_an_item_follows_the_random_state_of_torch(zoo):
+    folder, items = AudioFolder(zoo), []
+    index = [os.path.basename(f) for f in folder.files].index("plain.wav")
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        items.append(folder[index])
+    assert torch.equal(items[0], items[1]) and not torch.equal(items[0], items[2])
 
 
 def test_channels_are_mixed_to_mono(tmp_path):
@@ -788,6 +980,18 @@ def test_a_key_a_fifth_away_on_either_side_is_not_exact_but_within_a_fifth(away,
     assert (figures["exact"], figures["fifth"]) == (0, fifth)
 
 
+def test_figures_count_both_segments_and_every_key_alike(known):
+    waves, truth, heard, keys = known
+    keys = keys.clone()
+    keys[1:72:2] = (keys[1:72:2] + 2) % 12  # segments B, two fifths above A: between them lies one
+    figures = monitor(Oracle(heard, keys), waves, truth)
+    assert figures["agree"] == pytest.approx(0.5, abs=0.05)
+    assert figures["exact"] < 0.1 and figures["fifth"] > 0.9
+    often = torch.cat([torch.arange(36), torch.zeros(60, dtype=torch.long)])  # one key dominates
+    found = monitor(Oracle(heard, known[3]), waves[often], truth[often])["follows_offset"]
+    assert found == pytest.approx(mt2.down(truth.unique()).mean().abs().item(), abs=1e-4)
+
+
 def test_a_y_that_stands_still_or_follows_the_crop_alone_is_called_a_shortcut_and_nan_is_not_praised(known):
     crop_only, still = Oracle(known[2][:0], []), Oracle(known[2][:0], [])
     still.pitch = lambda waves, offsets=(8,): torch.eye(12)[[3]].expand(len(offsets), len(waves), 12)
@@ -795,6 +999,14 @@ def test_a_y_that_stands_still_or_follows_the_crop_alone_is_called_a_shortcut_an
     assert crop_only["follows_offset"] > 0.999 and still["fork"] < 0.3 and still["equivariance"] < 0.3
     for figures in (crop_only, still, dict.fromkeys(mt2.MONITOR, math.nan)):
         assert "SHORTCUT" in verdict(figures)
+
+
+def test_the_verdict_depends_on_fork_equivariance_and_offset():
+    good = dict(equivariance=0.95, fork=0.95, follows_offset=0.1, exact=0.8, fifth=0.9)
+    assert "y rotates" in verdict(good) and verdict(good).endswith("key signature 0.80, 0.90 within a fifth")
+    for name in ("fork", "equivariance"):
+        assert "begins to rotate" in verdict(good | {name: 0.6}) and "SHORTCUT" in verdict(good | {name: 0.4})
+    assert "SHORTCUT" in verdict(good | {"follows_offset": 0.4})
 
 
 # ---- The loop --------------------------------------------------------------------------------------------
@@ -905,6 +1117,14 @@ def test_adamw_gets_the_published_betas_the_logged_rate_and_decay_on_a_cosine(tm
     np.testing.assert_allclose(seen[1::2], [(0.9, 0.98, lr, 0) for lr in rates], rtol=1e-3)
 
 
+def test_gradients_are_cut_to_a_norm_of_1(tmp_path, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *given: seen.extend(
+        p.grad.square().sum() for g in self.param_groups for p in g["params"]) or step(self, *given))
+    train(tiny(tmp_path, steps=1, eq_weight=1e4))
+    assert sum(seen) == pytest.approx(1, rel=1e-3)
+
+
 def test_the_weight_of_cpsd_is_the_flags(tmp_path):
     (_, loss, nt, eq, _), = log_of(train(tiny(tmp_path, steps=1, eq_weight=2.5)))
     assert loss == pytest.approx(nt + 2.5 * eq, rel=1e-4)
@@ -950,6 +1170,18 @@ def test_a_signal_saves_and_ends_a_run_which_goes_on_as_if_unbroken(number, step
             assert end.code == 128 + number
     assert len(log_of(tmp_path)) == step and signal.getsignal(number) is handler
     assert_equal_runs(train(tiny(tmp_path)), unbroken)
+
+
+def test_a_signal_during_a_broken_step_keeps_the_save_before(tmp_path, capsys):
+    def stop(n, batch):
+        if n == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return [x * math.nan for x in batch]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, stop)
+        train(tiny(tmp_path, tasks="con"))
+    assert "the last save stands" in capsys.readouterr().out
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
 
 
 KILLED = FEW + """
@@ -1005,6 +1237,19 @@ def test_music_is_easy_then_ever_richer_then_the_folders(songs, monkeypatch):
         stream[i]
     np.testing.assert_allclose(seen, [(0, 0), (19, 0), (30, 0.5), (39, 0.95)])
     assert not torch.equal(stream.generator(7).get_state(), stream.generator(8).get_state())
+
+
+def test_a_run_from_a_model_needs_no_easy_music_and_every_rank_has_music_of_its_own(songs, monkeypatch):
+    stream, seen = mt2.Stream(tiny(init="x", easy=0.4, steps=100)), []
+    silence = lambda n, step, rich: seen.append(rich) or (torch.zeros(n, 2, 64000), {})
+    monkeypatch.setattr(stream.music, "batch", silence)
+    stream[0]
+    assert seen == [1]
+    stream.folder = AudioFolder(songs)
+    assert stream[0][0][0].any() and seen == [1]  # the folder from the first step on
+    ranks = [mt2.Stream(tiny(seed=seed), rank) for seed, rank in ((0, 0), (0, 1), (1, 0))]
+    assert len({stream.music.seed for stream in ranks}) == 3
+    assert not torch.equal(ranks[0].generator(8).get_state(), ranks[1].generator(7).get_state())
 
 
 def test_a_run_on_a_folder_that_died_goes_on_as_if_unbroken_with_or_without_workers(songs, tmp_path, capsys):
@@ -1141,6 +1386,16 @@ def test_a_folder_with_another_run_is_refused_with_both_values_and_untouched(nam
         train(tiny(unbroken, **{name: other}))
     assert all(str(part) in str(error.value) for part in (unbroken, theirs, mine))
     assert files_of(unbroken) == before
+
+
+def test_what_does_not_change_the_result_may_differ_and_a_model_alone_is_not_overwritten(unbroken, tmp_path):
+    for more in (dict(workers=3), dict(save_every=2), dict(compile=1), dict(device="auto")):
+        assert mt2.resume(tiny(unbroken, **more), unbroken)["step"] == 8
+    (tmp_path / "model.pt").write_bytes((unbroken / "model.pt").read_bytes())
+    with pytest.raises(ValueError, match="holds model.pt but no state.pt"):
+        train(tiny(tmp_path))
+    run = train(tiny(tmp_path / "next", init=str(unbroken), steps=1))
+    assert mt2.resume(tiny(run, init=f"{unbroken}/", steps=1), run)["step"] == 1
 
 
 class Hostile:
@@ -1338,6 +1593,22 @@ print(min(usual), [faults() for _ in range(6)][-1])"""
     assert usual > 1000 and kept < 10
 
 
+@pytest.mark.parametrize("cores, ranks, device, given, workers, threads", [
+    (8, 1, "cpu", -1, 4, 4), (8, 2, "cpu", -1, 2, 2), (1, 1, "cpu", -1, 1, 1), (8, 1, "cpu", 0, 0, 8),
+    (8, 1, "cuda", -1, 7, None), (64, 1, "cuda", -1, 12, None), (8, 1, "cuda", 3, 3, None)])
+def test_workers_and_threads_share_the_cores(cores, ranks, device, given, workers, threads, monkeypatch):
+    seen = {"threads": None}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: seen.update(threads=n))
+    monkeypatch.setattr(mt2, "keep_memory", lambda: None)
+    loader = lambda *_, num_workers, **how: seen.update(workers=num_workers) or []
+    monkeypatch.setattr(mt2, "DataLoader", loader)
+    mt2.music_stream(tiny(workers=given), 0, torch.device(device), 0, 1)
+    assert seen == dict(workers=workers, threads=threads)
+
+
 def test_bf16_and_float32_agree_within_three_percent_over_a_short_run(tmp_path, monkeypatch):
     logs = []
     for enabled in (False, True):
@@ -1347,20 +1618,26 @@ def test_bf16_and_float32_agree_within_three_percent_over_a_short_run(tmp_path, 
     np.testing.assert_allclose(*logs, rtol=0.03)
 
 
-@pytest.mark.parametrize("more", [{}, dict(encoder="tune", expansion=0, batch=2)])
-def test_a_compiled_run_is_the_plain_run_and_goes_on_as_it(more, tmp_path, monkeypatch):
+def test_bf16_is_used_where_a_cpu_multiplies_it(monkeypatch):
+    for able in ({}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+        with mt2.autocast(torch.device("cpu")):
+            assert torch.is_autocast_enabled("cpu") == any(able.values())
+
+
+def test_a_compiled_run_is_the_plain_run_and_goes_on_as_it(tmp_path, monkeypatch):
     calls, whole = [], torch.compile
 
     def traced(function, **how):  # no C++ compiler needed; a break in the graph would be an error
         fast = whole(function, backend="aot_eager", fullgraph=True, **how)
         return lambda *given, **more: calls.append(1) or fast(*given, **more)
     monkeypatch.setattr(torch, "compile", traced)
-    plain = train(tiny(tmp_path / "plain", steps=3, save_every=1, **more))
+    plain = train(tiny(tmp_path / "plain", steps=3, save_every=1))
     assert not calls
-    config = tiny(tmp_path / "compiled", steps=3, save_every=1, compile=1, **more)
+    config = tiny(tmp_path / "compiled", steps=3, save_every=1, compile=1)
     interrupted(config, 3)
     assert_close(weights(train(config)), weights(plain), rtol=1e-3, atol=1e-4)
-    assert len(calls) == 3 * (1 if more else 2)  # an MT2 has a pass for each task
+    assert len(calls) == 3 * 2  # a pass for each task
 
 
 def test_cpsd_compiles_whole_and_stays_what_it_was():
@@ -1596,8 +1873,9 @@ def probe_main(capsys, *words):
 
 @pytest.fixture
 def short_probe(monkeypatch):
-    """Probes on generated music with 50 clips a part and 500 frames."""
-    for name, value in dict(COUNTS=(50, 50, 50), LOCAL=(50, 50, 50), MAX_ROWS=500).items():
+    """Probes on generated music with 20 clips a part, 500 frames and two seeds."""
+    few = (20, 20, 20)
+    for name, value in dict(COUNTS=few, LOCAL=few, CHUNK=20, MAX_ROWS=500, SEEDS=(0, 1)).items():
         monkeypatch.setattr(probe, name, value)
 
 
@@ -1680,6 +1958,15 @@ def test_readouts_are_what_their_names_say():
         eq=x[:, :, 0], con=x[:, :, 1], cls_avg=cls.mean(2), seq_avg=seq.mean(2), all_avg=x.mean(2), seq=seq))
 
 
+def test_tunes_stages_are_read_at_the_frames_that_it_heard_and_end_in_zeros():
+    net = TUNe(tiny(encoder="tune")).eval()
+    with torch.no_grad():
+        seq = probe.of_model(net, None)(noise(1, 64000))["seq"]  # the first layer is 11 wide
+    assert seq.shape[2] == 126 and seq[0, ..., :11].any() and not seq[0, ..., 11:].any()
+    for edge in (seq[0, 0, :6], seq[0, 0, -6:]):  # five frames at either end are not heard
+        assert len(edge.unique(dim=0)) == 1
+
+
 def test_probabilities_of_windows_are_averaged_per_file(monkeypatch):
     monkeypatch.setattr(probe, "probe", lambda *given: (lambda x: x, torch.zeros(1), None))
     x, file = noise(1, 5, 3), torch.arange(3)
@@ -1707,6 +1994,12 @@ def test_references_see_pitch_class_rise_and_neighbours():
     assert probe.of_spectrum("flux", front)(click)["curve"].argmax() == 62
 
 
+def test_log_mel_is_scaled_and_a_frame_knows_those_two_away():
+    mel = 30 * noise(2, 126, 128) - 60  # dB
+    seq = probe.of_spectrum("log-mel", lambda wave: (mel, noise(2, 126, 99)))(None)["seq"]
+    assert_close(seq[0, :, 10].unflatten(1, (128, 3)).mT, unit_range(mel)[:, [8, 10, 12]])
+
+
 def test_attention_is_that_of_the_pass_that_a_token_comes_from():
     net, wave = model(), noise(2, 64000)
     before = probe.attention(net, wave)
@@ -1716,6 +2009,14 @@ def test_attention_is_that_of_the_pass_that_a_token_comes_from():
     after = probe.attention(net, wave)
     assert torch.equal(before["eq"], after["eq"])
     assert all((before[name] - after[name]).abs().max() > 1e-5 for name in ("con", "seq"))
+
+
+def test_emergent_onsets_are_rises_of_each_heads_attention(monkeypatch):
+    maps = torch.zeros(2, 3, 4, 126)  # [blocks, B, heads, frames]
+    maps[1, 2, 3, 7:9] = 1
+    monkeypatch.setattr(probe, "attention", lambda *_: {"eq": maps})
+    rise = probe.of_attention(None)(None)["eq"]
+    assert rise.shape == (8, 3, 126, 1) and rise.nonzero().tolist() == [[7, 2, 7, 0]]
 
 
 def test_average_precision_and_auc_equal_scikit_learn_with_ties_and_skip_absent_tags():
@@ -1770,6 +2071,15 @@ def test_beats_count_within_70_ms_and_onsets_within_50(name, expected):
     assert task.score(p, file, file)["f_measure"] == expected
 
 
+def test_a_peak_is_the_highest_within_two_frames_and_columns_may_be_plural():
+    curve = torch.tensor([[0, 0.5, 0.3, 0.6, 0, 0, 0.1, 0]])
+    assert probe.peaks(curve).nonzero()[:, 1].tolist() == [3, 6]
+    now, file, p = torch.arange(126)[None] * 0.032, torch.tensor([0]), torch.eye(126)[33].view(1, 126, 1)
+    for name, expected in (("beats", 1), ("onsets", 0)):  # 1.056 s
+        task = probe.event_task(name, [np.array([1.0])], file, now)
+        assert task.score(p, file, file)["f_measure"] == expected
+
+
 def test_the_threshold_of_events_comes_from_validation_files():
     now, one = torch.arange(126) * 0.032 + torch.zeros(2, 1), torch.tensor([1])
     task = probe.event_task("onset", [np.array([1.0]), np.array([1.0, 2.0])], torch.arange(2), now)
@@ -1797,6 +2107,12 @@ def test_a_sound_file_that_was_cut_short_is_named(tmp_path):
 def test_a_rest_shorter_than_a_quarter_of_a_window_is_dropped(seconds, windows, tmp_path):
     soundfile.write(tmp_path / "x.wav", tone([440], seconds)[0].numpy(), 16000)
     assert probe.cut(tmp_path / "x.wav").shape == (windows, 64000)
+
+
+def test_of_a_long_file_only_the_start_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "LIMIT", 8.0)
+    soundfile.write(tmp_path / "x.wav", tone([440], 13, 8000)[0].numpy(), 8000)
+    assert probe.cut(tmp_path / "x.wav").shape == (2, 64000)
 
 
 def test_a_metric_that_is_not_defined_stops_neither_table_nor_figure(capsys):
@@ -1834,6 +2150,25 @@ def test_the_parts_of_generated_music_share_no_clip(monkeypatch):
     assert len(waves.abs().sum(1).unique()) == 6
 
 
+def test_generated_labels_are_those_of_the_clip_and_its_seed_is_never_trained_on(monkeypatch):
+    for name, value in dict(COUNTS=(2, 2, 2), LOCAL=(2, 2, 2), CHUNK=2).items():
+        monkeypatch.setattr(probe, name, value)
+    made, truth = [], probe.defaultdict(list)
+    monkeypatch.setattr(mt2, "SyntheticMusic", lambda seed: made.append(seed) or SyntheticMusic(seed))
+    heard = torch.cat([waves for waves, *_ in probe.generated(truth)])
+    assert len({*made}) == 3 and max(made) < 4096 and not {998, 999} & {*made}
+    for part, seed in enumerate(made):
+        waves, labels = SyntheticMusic(seed).batch(2, 0)
+        for i in range(2):
+            n, (key, lead) = 2 * part + i, (labels[k][i].item() for k in ("key_signature", "instrument"))
+            assert torch.equal(heard[n], waves[i, 0])
+            assert truth["chord"][n][1] == labels["chord"][i, 0].tolist()
+            assert truth["tags"][n] == {probe.PITCHES[key], [*mt2.INSTRUMENTS][lead]}
+            for name in ("beat", "onset"):
+                times = labels[f"{name}s"][i, 0]
+                assert truth[name][n].tolist() == times[times.isfinite()].tolist()
+
+
 def test_the_table_takes_the_layer_of_the_lowest_validation_loss_not_of_the_best_test_score(capsys):
     row = dict(encoder="run", task="key", readout="con", metric="accuracy", std=0.0)
     probe.table([row | dict(layer=i, value=v, valid_loss=loss)
@@ -1853,6 +2188,26 @@ def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, c
     rows = json.loads((small_run / "manifest" / "results.json").read_text())
     assert {r["metric"] for r in rows} == {"accuracy", "mirex", "map", "roc_auc"} and "key" in said
     assert {(r["n_train"], r["n_test"]) for r in rows} == {(4, 3)}
+
+
+def test_without_a_split_a_fifth_is_for_testing_by_seed_and_tags_lie_between_bars(
+        tmp_path, capsys, monkeypatch):
+    for i in range(10):
+        (tmp_path / f"{i}.wav").write_bytes(b"")
+    cells = ["a| b |"] + 4 * ["a"] + 4 * ["b"] + [""]  # the last without a label
+    (tmp_path / "x.csv").write_text("path,mood\n" + "\n".join(f"{i}.wav,{c}" for i, c in enumerate(cells)))
+    read = lambda seed: probe.manifest(tmp_path / "x.csv", ["mood"], seed, False)
+    split = lambda seed: [x.tolist() for x in read(seed)[2]["mood"]]
+    assert [len(part) for part in split(0)] == [7, 0, 2] and sorted(sum(split(0), [])) == list(range(9))
+    assert split(1) == split(1) and len({str(split(seed)) for seed in range(9)}) > 3
+    assert read(0)[1]["mood"][:2] == [{"a", "b"}, {"a"}]
+
+    def manifest(path, tasks, seed):
+        raise ValueError(f"{path} {tasks} {seed}")
+    monkeypatch.setattr(probe, "manifest", manifest)
+    monkeypatch.setattr(probe, "of_package", lambda *_: None)
+    flags = "--encoder", "x:y", "--data", "z.csv", "--task", "a,b", "--seed", 7
+    assert probe_main(capsys, *flags) == "probe: z.csv ['a', 'b'] 7"
 
 
 @pytest.mark.parametrize("name, text, task, expected", [
@@ -1955,6 +2310,14 @@ def test_events_that_are_not_quite_in_order_are_sorted(tmp_path):
     soundfile.write(tmp_path / "a.wav", noise(64000).numpy() / 9, 16000)
     for sound in ("a.wav", "lost.wav"):  # what cannot be opened is named later, when it is read
         assert probe.parse("beats", "a.beats", tmp_path, tmp_path / sound).tolist() == [0.5, 1.9995, 2, 3]
+
+
+@pytest.mark.parametrize("task, text", [("tempo", "9"), ("bpm", "1001"), ("beats", "2\n1\n"),
+                                        ("onsets", "-1\n"), ("chords", "1 0.5 C:maj\n")])
+def test_labels_that_cannot_be_are_refused(task, text, tmp_path):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(ValueError, match="is not 10 to 1000|empty or not labels"):
+        probe.parse(task, "file" if "\n" in text else text, tmp_path, tmp_path / "lost.wav")
 
 
 def test_an_encoder_gets_one_line_for_features_beyond_half_precision_and_probes_of_width_one(
@@ -2078,6 +2441,13 @@ def test_foreign_encoders_are_called_as_their_packages_want_and_give_every_layer
     assert_close(found["seq"][3], 4 * found["seq"][0])
 
 
+def test_an_encoder_in_a_folder_does_not_ask_the_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setitem(sys.modules, "muq", types.SimpleNamespace(MuQ=Foreign))
+    probe.of_package(f"muq:{tmp_path}", "cpu")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
 def test_muq_itself_runs_with_random_weights(tmp_path):
     muq, transformers = pytest.importorskip("muq"), pytest.importorskip("transformers")
     plain = transformers.Wav2Vec2ConformerConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128,
@@ -2107,6 +2477,16 @@ def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monk
     (small_run / "keys.csv").write_text("path,key\nsong0.wav,")
     said = probe_main(capsys, "key", small_run / "run", "--data", small_run / "keys.csv")
     assert said.endswith("no file has a key")
+
+
+def test_a_key_is_read_at_twelve_crops_and_its_confidence_is_their_agreement(small_run, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(mt2, "calibrate", lambda *given: seen.append(given[2]) or torch.tensor(1 + 0j))
+    monkeypatch.setattr(mt2, "key_phase", lambda *given: seen.append(given[2]) or torch.tensor(
+        [[9 + 0j, 1j]]).expand(12, 2))
+    said = probe_main(capsys, "key", small_run / "run", small_run / "song0.wav", "--csv")
+    assert said.endswith("song0.wav,C major,A minor,0.71\n")  # of two unit phasors a right angle apart
+    assert seen[0] == seen[1] and sorted(c % 12 for c in seen[0]) == list(range(12))
 
 
 def test_key_names_a_broken_song_goes_on_and_ends_with_an_error(small_run, capsys):
@@ -2143,6 +2523,29 @@ def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     assert {p.name for p in (small_run / "fig").iterdir()} == {"ssm.png", "attention.png", "circle.png"}
     said = probe_main(capsys, "figures", small_run / "run", "no.wav", "--out", small_run / "none")
     assert said == "probe: no.wav: no such file" and not (small_run / "none").exists()
+
+
+def test_the_circle_shows_g_major_a_fifth_clockwise_of_c(known):
+    waves = noise(2, 64000)
+    windows = waves.flatten().unfold(0, 64000, 16000)  # one a second
+    heard = torch.cat([windows, known[2].flatten(0, 1)])
+    oracle = Oracle(heard, torch.cat([torch.full((5,), 7), known[3]]), turn=4)
+    ax = probe.circle_figure(oracle, waves).axes[0]
+    np.testing.assert_allclose(ax.lines[0].get_xdata() % (2 * math.pi), 5 * [math.pi / 6], atol=1e-5)
+    cells = np.asarray(ax.collections[0].get_array()).reshape(5, 12, 9)
+    assert cells.argmax(1).tolist() == [9 * [1]] * 5 and ax.get_theta_direction() == -1
+    assert [x.get_text() for x in ax.get_xticklabels()][:4] == ["C/a", "G/e", "D/b", "A/f#"]
+
+
+def test_pictures_show_centred_similarity_in_order_and_heads_block_by_block():
+    net, waves = model(depth=2), noise(2, 64000)[[0, 1, 0]]
+    with torch.no_grad():
+        ssm = [ax.images[0].get_array() for ax in probe.similarity_figure(net, waves).axes if ax.images][0]
+        drawn = probe.attention_figure(net, waves[:1]).axes[1].images[0].get_array()
+        paid = probe.attention(net, waves[:1])["eq"][:, 0].flatten(0, 1)  # [blocks x heads, frames]
+    np.testing.assert_allclose(ssm[:25, 50:75].diagonal(), 1, atol=1e-4)  # the third window is the first
+    assert ssm.shape == (75, 75) and ssm.min() < -0.1
+    np.testing.assert_allclose(drawn, paid / paid.amax(1, keepdim=True), atol=1e-5)
 
 
 # ---- README ----------------------------------------------------------------------------------------------
