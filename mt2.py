@@ -4,7 +4,7 @@ A Vision Transformer reads music as one patch per spectrogram frame. Two class t
 `eq` learns what key the music is in (CPSD: transposing the input must rotate the output), `con` learns what
 the music sounds like (NT-Xent: two segments of one track must agree). Nobody ever tells it a key.
 
-The demo takes less than six minutes on two CPU cores; it then names the key signature of .92 of 138 real
+The demo takes about six minutes on two CPU cores; it then names the key signature of .92 of 138 real
 pieces on which nothing was chosen, and misses nearly all others by a fifth (`python probe.py key`; mean of
 three seeds, torch 2.11, November 2026).
 
