@@ -855,7 +855,7 @@ FLAGS = {
     "--seeds": dict(type=int, default=3, help="models of each kind"),
     "--out": dict(help="folder to write to; of embed: the npz file"),
     "--csv": dict(action="store_true", help="print a CSV table"),
-    "--device": dict(default="auto", help="auto, cpu, cuda or mps")}
+    "--device": dict(default="auto", help="auto, cpu or cuda")}
 COMMANDS = {
     "table": (command_table, "run --encoder --data --task --mix --seed --out --download --trust-remote-code"),
     "key": (command_key, "run file --data --csv"), "embed": (command_embed, "run file --out"),

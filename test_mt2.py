@@ -1317,12 +1317,15 @@ def test_a_folder_where_another_run_is_at_work_is_refused(tmp_path):
     assert len(log_of(train(tiny(tmp_path, tasks="con")))) == tiny().steps
 
 
-@pytest.mark.parametrize("more, rank", [(dict(temperature=0.02), None), ({}, "0")])
-def test_mps_is_refused_where_it_lacks_float64_or_torchrun(more, rank, tmp_path, monkeypatch):
-    monkeypatch.setattr(mt2, "pick_device", lambda name: torch.device("mps"))
-    monkeypatch.setenv("RANK", rank) if rank else None
-    with pytest.raises(ValueError, match="--device mps"):
-        train(tiny(tmp_path / "run", **more))
+def test_auto_is_this_process_s_gpu_or_else_the_cpu_and_other_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for gpu, auto, refused in ((False, "cpu", ("cuda", "mps")), (True, "cuda:1", ("mps", "tpu"))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        assert str(mt2.pick_device("auto")) == auto and mt2.pick_device("cpu") == torch.device("cpu")
+        for name in refused:
+            with pytest.raises(ValueError, match=f"--device {name}: mt2 can use"):
+                mt2.pick_device(name)
 
 
 def test_processes_that_see_different_saves_do_not_train(tmp_path, monkeypatch):
@@ -2731,7 +2734,7 @@ def assembled(config, device):
 
 def training_step(net, front, waves, data, compiled=False):
     """What one step of the loop costs: spectra of the fresh tracks, then losses, backward, AdamW."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=waves.device.type != "mps")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
     encode = torch.compile(net.encode, dynamic=False) if compiled else None
 
     def step():
@@ -2747,8 +2750,7 @@ def parts_of_a_step(net, batch, fresh, waves):
     """What is not views and transformer; workers make music and its spectra while the model computes."""
     device, music, front = waves.device, SyntheticMusic(0), mt2.FrontEnd().to(waves.device)
     z, logits = (noise(n * batch, width).to(device).requires_grad_() for n, width in ((2, 64), (3, 12)))
-    fused = device.type != "mps"
-    k, optimizer = torch.arange(batch, device=device) % 12, torch.optim.AdamW(net.parameters(), fused=fused)
+    k, optimizer = torch.arange(batch, device=device) % 12, torch.optim.AdamW(net.parameters(), fused=True)
 
     def both_losses():
         y_a, y_b, y_shift = logits.softmax(1).chunk(3)
