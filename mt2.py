@@ -9,15 +9,14 @@ pieces on which nothing was chosen, and misses nearly all others by a fifth (`py
 three seeds, torch 2.11, November 2026).
 
     python mt2.py                             # train the demo on generated music, then say what was learned
-    python mt2.py --data my_music/            # two fifths of the run as above, the rest on a folder of music
+    python mt2.py --data my_music/            # two fifths of the run as above, then half of it your music
     torchrun --nproc-per-node 8 mt2.py ...    # the same on many GPUs
 
-The file reads in the order in which sound flows: wave, spectrogram, patches, transformer, class tokens,
-losses, data, loop, command line. "Ours" marks every choice that the papers leave open; "measured" gives what
-a choice was worth, "prototype" what it was worth in throw-away runs before this file. A track is a piece, a
-segment (A or B) 4 s of it, a clip any input of the network; a view is what a loss sees of a segment: some
-frames, a crop of its own, perhaps an equaliser (EQ; `eq` is always the equivariant task). In shapes B is
-clips, F frames, D the width of a token, P that of an embedding z.
+The file reads as sound flows: wave, spectrogram, patches, transformer, class tokens, losses, data, loop,
+command line. "Ours" marks choices that the papers leave open; "measured" gives what one was worth (more in
+README.md), "prototype" the same in throw-away runs before this file. A track is a piece, a segment (A or B)
+4 s of it, a clip any input of the network, a view what a loss sees of a segment: some frames, a crop of its
+own, perhaps equalised. In shapes B is clips, F frames, D the width of a token, P that of an embedding z.
 """
 import argparse
 import contextlib
@@ -95,6 +94,7 @@ class Config:
     fresh: int = knob(12, "new tracks per step into the pool, from which batches are drawn; ours", 1)
     pool: int = knob(2048, "tracks that the pool remembers; ours", 1)
     easy: float = knob(0.2, "share of the run with easy music; as long a ramp; then --data; ours", 0, 0.5)
+    generated: float = knob(0.5, "share of generated music that stays beside --data; ours", 0, 0.9)
     gap: float = knob(30.0, "seconds between the starts of segments A and B of a file, at most; ours", 0)
     workers: int = knob(-1, "processes for music; -1: half of the cores, with a GPU up to 12", -1, 1e3)
     save_every: int = knob(250, "steps between saves", 1)
@@ -107,32 +107,34 @@ class Config:
         for name, value in SIZES[self.size].items():  # what `size` sets and no flag has set
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        choices = dict(tasks=("eq", "con"), inputs=("mel", "vqt"))
+        for name, known in (("tasks", ("eq", "con")), ("inputs", ("mel", "vqt"))):
+            given = getattr(self, name)
+            given = tuple(given if isinstance(given, (tuple, list)) else str(given).split(","))  # flags are text
+            saved = self.encoder == "tune" and given == ("wave",)  # by such a run
+            if given not in (known, known[:1], known[1:]) and not saved:
+                text = ",".join(map(str, given))
+                raise ValueError(f"--{name} {text}: choose {','.join(known)} or one of them")
+            setattr(self, name, given)
         if self.encoder == "tune":
             if "con" not in self.tasks:
                 raise ValueError("--tasks eq: waveform encoders learn con alone; use --encoder vit")
-            self.tasks, self.inputs, choices = ("con",), ("wave",), {}
-        for name, known in choices.items():
-            given = getattr(self, name)
-            given = tuple(given.split(",")) if isinstance(given, str) else tuple(given)  # a flag is text
-            if not given or given != tuple(k for k in known if k in given):
-                raise ValueError(f"--{name} {','.join(given)}: choose {','.join(known)} or one of them")
-            setattr(self, name, given)
-        if "eq" in self.tasks and "vqt" not in self.inputs:
+            self.tasks, self.inputs = ("con",), ("wave",)
+        elif "eq" in self.tasks and "vqt" not in self.inputs:
             raise ValueError(f"--tasks {','.join(self.tasks)}: eq needs vqt among --inputs, to be transposed")
-        if self.tasks == ("eq",) and self.hide_mel:
+        elif self.tasks == ("eq",) and self.hide_mel:
             self.inputs = ("vqt",)  # no view would see mel
         for field in dataclasses.fields(self):
             kind, (least, most), given = field.type, field.metadata["limits"], getattr(self, field.name)
             flag = "--" + field.name.replace("_", "-")
-            try:  # plain values alone, as no checkpoint may hold a Path or a number of numpy
-                setattr(self, field.name, value := None if given is None else kind(given))
+            try:
+                value = None if given is None else kind(given)
             except (TypeError, ValueError, OverflowError):
                 value = None
             if value is None or kind is int and value != given:
                 raise ValueError(f"{flag} {given}: must be {kind.__name__}")
             if least is not None and not least <= value <= most:
                 raise ValueError(f"{flag} {value}: must lie between {least:g} and {most:g}")
+            setattr(self, field.name, value)  # plain: no checkpoint may hold a Path or a number of numpy
         if self.pool < max(self.batch, self.fresh):
             raise ValueError(f"--pool {self.pool}: must hold --batch {self.batch} and --fresh {self.fresh}")
         if self.dim % self.heads:
@@ -209,8 +211,7 @@ class VQT(nn.Module):
             hann = 2 * hann / hann.sum(0)  # a sine of amplitude a reads a
             angle = 2 * math.pi * f * t
             kernel = torch.cat([hann * angle.cos(), hann * angle.sin()], dim=1).float()  # [window, 2n]
-            # buffers move with the model; not persistent: no checkpoint carries them
-            self.register_buffer(f"kernel{len(self.hops)}", kernel, persistent=False)
+            self.register_buffer(f"kernel{len(self.hops)}", kernel, persistent=False)  # in no checkpoint
             self.hops.append(hop)
             self.margin = max(self.margin, half // hop + 1)
         # torchaudio's resampler as a matrix, from 120 samples to 16 at a quarter of the rate, with those that
@@ -221,16 +222,16 @@ class VQT(nn.Module):
     def magnitude(self, wave):
         """Wave [B, T] -> linear magnitude [B, T // hop + 1, n_bins]; frames centred, zeros beyond."""
         n_frames, octaves = wave.shape[-1] // self.hop + 1, []
-        now = self.hop  # in samples of `wave`, which shrinks with it
-        wave = F.pad(wave, (self.margin * now, (self.margin + 1) * now))  # once, for all octaves
+        wave = F.pad(wave, (self.margin * self.hop, (self.margin + 1) * self.hop))  # once, for all octaves
+        wave_hop = self.hop  # a frame's step in samples of `wave`, which shrinks with its rate
         for i, hop in enumerate(self.hops):
             kernel = self.get_buffer(f"kernel{i}")
             start = self.margin * hop - len(kernel) // 2  # of the first frame's window
             with torch.autocast(wave.device.type, enabled=False):  # in bf16 it would be off by up to 7 dB
-                while now > hop:  # a quarter of the rate, and of the hop
+                while wave_hop > hop:  # a quarter of the rate, and of the hop
                     # a window of 120 gives 16, and the next starts 64 later; 28: 4 x the 7 cut off in front
                     windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)
-                    wave, now = (windows @ self.quarter).flatten(1), now // 4
+                    wave, wave_hop = (windows @ self.quarter).flatten(1), wave_hop // 4
                 windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
                 real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, n] each
             power = real.square() + imag.square()
@@ -247,7 +248,7 @@ class VQT(nn.Module):
 
 
 class FrontEnd(nn.Module):
-    """Both spectrograms of a wave in dB, before all that depends on the view (EQ, scaling, crop)."""
+    """Both spectrograms of a wave in dB, before all that depends on the view (equaliser, scaling, crop)."""
 
     def __init__(self):
         super().__init__()
@@ -271,8 +272,7 @@ def random_equaliser(n, std_db, generator):
     """Random smooth frequency responses, one per view -> dB for the VQT bins [n, 1, 99] (ours).
 
     One knot an octave, linear in between, plus a tilt. Every view draws its own: a curve shared by A, B, A'
-    moves with the crop, and CPSD then follows the curve instead of the key (prototype: exact key .09, not
-    .90)."""
+    moves with the crop, and CPSD then follows it instead of the key (prototype: exact key .09, not .90)."""
     knot, octave = torch.arange(9), (torch.arange(N_BINS) / 12).clamp_max(8)  # 9 knots; where each bin lies
     hat = (1 - (octave - knot[:, None]).abs()).clamp_min(0)  # [9, 99]
     tilt = 0.25 * (knot - 4)  # from -1 at the lowest knot to 1 at the highest
@@ -335,13 +335,13 @@ class MT2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.class_tokens, dim = config, config.tasks, config.dim
-        # whether there is a mel branch to hide from the equivariant token
         self.hides_mel = bool(config.hide_mel) and "eq" in config.tasks and "mel" in config.inputs
         self.front_end = FrontEnd()
-        for name, bins in (("mel", N_MELS), ("vqt", N_CROP)):
-            if name in config.inputs:
-                patch = nn.Sequential(nn.LayerNorm(bins), nn.Linear(bins, dim), nn.GELU())
-                self.add_module(f"patch_{name}", patch)
+        patch = lambda bins: nn.Sequential(nn.LayerNorm(bins), nn.Linear(bins, dim), nn.GELU())
+        if "mel" in config.inputs:
+            self.patch_mel = patch(N_MELS)
+        if "vqt" in config.inputs:
+            self.patch_vqt = patch(N_CROP)
         self.cls = nn.Parameter(0.02 * torch.randn(len(config.tasks), dim))  # the learned part
         self.position = nn.Parameter(0.02 * torch.randn(len(config.tasks) + FRAMES, dim))
         self.blocks = nn.ModuleList(Block(dim, config.heads) for _ in range(config.depth))
@@ -364,12 +364,11 @@ class MT2(nn.Module):
     def start_as_folded_spectrum(self):
         """At first y is close to the spectrum folded into one octave: a VQT patch that lets each bin through,
         undone by the equivariant head, and small residual branches (as in GPT-2). Ours: beside the
-        contrastive loss the usual start does not get going (prototype: exact key .08 instead of .92 after
-        940 steps); an identity beats a random orthonormal patch (measured, one run: .91 instead of .86)."""
+        contrastive loss the usual start does not get going (prototype: exact key .08 instead of .92)."""
         weight = self.patch_vqt[1].weight  # [D, 84]
         start = nn.init.eye_ if len(weight) >= N_CROP else nn.init.orthogonal_
         start(weight).mul_(1.5)
-        self.head_eq.weight.copy_(1.5 * self.patch_vqt[1].weight.T)
+        self.head_eq.weight.copy_(1.5 * weight.T)
         for block in self.blocks:
             block.out.weight.mul_(0.2)
             block.mlp[2].weight.mul_(0.2)
@@ -390,7 +389,8 @@ class MT2(nn.Module):
         x = torch.cat([cls, sum(branch.values())], dim=1)  # [B, n_cls + F, D]
         places = slice(0, x.shape[1] - n_cls) if frames is None else frames
         x = x + torch.cat([self.position[:n_cls], self.position[n_cls:][places]])
-        layers, (*blocks, last) = [x], self.blocks
+        layers = [x]
+        *blocks, last = self.blocks
         for block in blocks:
             layers.append(block(layers[-1]))
         return [*layers, self.norm(last(layers[-1], first=n_cls if cls_only else None))]
@@ -406,10 +406,9 @@ class MT2(nn.Module):
 
         Why a mean per offset: over many songs no key is preferred at any crop. Without it CPSD is solved by
         reading the offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead
-        of .90). Why twice: a soft y can point between two pitch classes, where a sharp one snaps to either,
-        and to which of them differs from run to run (measured, one run: .70 of real 4 s windows exact instead
-        of .63; three times: .68). Why its own: divided by the batch's, an hour of training gave up hard clips
-        to be surer of easy ones (generated tracks .88 exact; 400 steps more with the clip's own: .98)."""
+        of .90). Why twice: a soft y can point between two pitch classes, where a sharp one snaps to either
+        (measured: real windows .70 exact instead of .63). Why its own: divided by the batch's, long runs give
+        up hard clips to be surer of easy ones (measured: .88 exact instead of .98)."""
         mean = self.offset_mean
         if training:
             same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
@@ -428,10 +427,12 @@ class MT2(nn.Module):
 
     def crop_offsets(self, wave, offset):
         """The crop's offset of each wave [B]: from an int or [B], None for the middle. ValueError."""
-        offset = torch.as_tensor(MIDDLE if offset is None else offset, device=wave.device).long()
+        offset = torch.as_tensor(MIDDLE if offset is None else offset, device=wave.device)
+        if offset.is_floating_point() or offset.shape not in ((), wave.shape[:1]):
+            raise ValueError(f"MT2: offset must be a whole number, or one for each of {len(wave)} waves")
         if not ((0 <= offset) & (offset < N_OFFSETS)).all():
             raise ValueError(f"MT2: an offset must lie between 0 and {N_OFFSETS - 1}")
-        return offset.expand(len(wave))
+        return offset.long().expand(len(wave))
 
     def passes(self, wave, offset=None):
         """Wave [B, T] -> [passes, depth + 1, B, n_cls + F, D]: as in training, a pass without mel where it is
@@ -442,21 +443,21 @@ class MT2(nn.Module):
         return torch.stack([torch.stack(self.encode(mel, vqt)) for mel in mels])
 
     def layers(self, wave, offset=None):
-        """Wave [B, T] at 16 kHz, at most 4 s -> [depth + 1, B, n_cls + F, D]; offset of the crop: int or [B],
-        None for the middle.
+        """Wave [B, T] -> [depth + 1, B, n_cls + F, D]; offset of the crop: int or [B], None for the middle.
 
-        The equivariant token comes from the first pass, the contrastive one from the last. Sequence tokens
-        are the mean of all (ours; measured, one run: a chord probe reads .77 from it, .67 from the pass with
-        mel)."""
+        The equivariant token comes from the first pass, the contrastive one from the last; sequence tokens
+        are the mean of all (ours; measured: a chord probe reads .77 from it, .67 from the pass with mel)."""
         x, n = self.passes(wave, offset), len(self.class_tokens)
         # token 0 is eq; a model without eq has one pass, so that it does not matter from which it comes
         return torch.cat([x[0, :, :, :1], x[-1, :, :, 1:n], x.mean(0)[:, :, n:]], dim=2)
 
     def pitch(self, wave, offsets=(MIDDLE,)):
         """y alone at several crops, with one front end for all: wave [B, T] -> [len(offsets), B, 12]."""
-        (mel, vqt), y = self.features(wave), []
+        mel, vqt = self.features(wave)
         mel = None if self.hides_mel else mel
-        for offset in torch.tensor(offsets, device=wave.device)[:, None].expand(-1, len(wave)):
+        y = []
+        for offset in offsets:
+            offset = self.crop_offsets(wave, offset)  # [B]
             token = self.encode(mel, crop(vqt, offset), cls_only=True)[-1][:, 0]
             y.append(self.center(self.logits(token), offset).softmax(-1))
         return torch.stack(y)
@@ -465,11 +466,9 @@ class MT2(nn.Module):
         """Wave [B, T] -> Output(y, z, tokens); offset of the crop 0..15: int or [B], None: the middle."""
         offset = self.crop_offsets(wave, offset)
         tokens = self.layers(wave, offset)[-1]
-        cls, y, z = dict(zip(self.class_tokens, tokens.unbind(1))), None, None
-        if "eq" in cls:
-            y = self.center(self.logits(cls["eq"]), offset).softmax(-1)
-        if "con" in cls:
-            z = self.head_con(cls["con"])
+        cls = dict(zip(self.class_tokens, tokens.unbind(1)))  # {name: [B, D]}
+        y = self.center(self.logits(cls["eq"]), offset).softmax(-1) if "eq" in cls else None
+        z = self.head_con(cls["con"]) if "con" in cls else None
         return Output(y, z, tokens)
 
 
@@ -478,17 +477,16 @@ class TUNe(nn.Module):
 
     TUNe+: contraction by convolution and max-pooling by 3, expansion by transposed convolutions joined with
     the contraction, a tail down to three frames of 512 joined with the expansion: 2.2 M parameters
-    (SampleCNN: 2.4 M) beside head_con, as published. There the input is 59,049 = 3^10 samples at 22,050 Hz;
-    here the middle 59,049 of our 64,000 at 16 kHz: all pooling divides, and every system hears the same music
-    (ours)."""
+    (SampleCNN: 2.4 M) beside head_con, as published. There the input is 59,049 = 3^10 samples at 22,050 Hz,
+    so that all pooling divides; here the middle 59,049 of the 64,000 that every system hears (ours)."""
     LENGTH, WIDTHS = 3 ** 10, (11, 22, 44, 88, 176)
+    class_tokens = ()
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.class_tokens, up, w = config, (), config.expansion, self.WIDTHS
+        self.config, up, w = config, config.expansion, self.WIDTHS
 
-        def conv(i, o, stride=1):
-            padding = 1 if stride == 1 else 0
+        def conv(i, o, stride=1, padding=1):
             return nn.Sequential(nn.Conv1d(i, o, 3, stride, padding), nn.BatchNorm1d(o), nn.ReLU())
         if up:
             self.down = nn.ModuleList(conv(i, o) for i, o in zip((1,) + w, w))  # 59,049 to 729 frames
@@ -500,14 +498,15 @@ class TUNe(nn.Module):
             self.tail = nn.ModuleList(conv(i, o) for i, o in tail)
         else:
             w = (128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512)  # 59,049 to one frame
-            self.down = nn.ModuleList([conv(1, 128, 3), *(conv(i, o) for i, o in zip(w, w[1:]))])
+            self.down = nn.ModuleList([conv(1, 128, 3, 0), *(conv(i, o) for i, o in zip(w, w[1:]))])
+            self.grow = self.join = self.tail = ()
         self.head_con = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, config.proj_dim))
 
     def layers(self, wave):
         """Wave [B, T] -> every stage, a list of [B, frames_l, dim_l]. Shorter waves are padded with zeros."""
-        short = max(0, self.LENGTH - wave.shape[1])
-        start = (wave.shape[1] + short - self.LENGTH) // 2
-        x = F.pad(wave, (0, short))[:, None, start:start + self.LENGTH]  # [B, 1, 59,049]
+        wave = F.pad(wave, (0, max(0, self.LENGTH - wave.shape[1])))
+        start = (wave.shape[1] - self.LENGTH) // 2
+        x = wave[:, None, start:start + self.LENGTH]  # [B, 1, 59,049]
         stages, up = [], self.config.expansion
         for i, conv in enumerate(self.down):
             if up:  # TUNe pools before every convolution but the first
@@ -515,12 +514,12 @@ class TUNe(nn.Module):
             else:  # SampleCNN pools after every one but the first and the last
                 x = conv(x) if i in (0, 10) else F.max_pool1d(conv(x), 3)
             stages.append(x)
-        for i in range(up):
-            x = self.join[i](torch.cat([self.grow[i](x), stages[3 - i]], dim=1))
+        for i, (grow, join) in enumerate(zip(self.grow, self.join)):
+            x = join(torch.cat([grow(x), stages[3 - i]], dim=1))
             stages.append(x)
-        for i in range(up + 5 if up else 0):
+        for i, conv in enumerate(self.tail):
             x = F.max_pool1d(x, 3)
-            x = self.tail[i](torch.cat([x, stages[3 + up - i]], dim=1) if i < up else x)
+            x = conv(torch.cat([x, stages[3 + up - i]], dim=1) if i < up else x)
             stages.append(x)
         return [stage.transpose(1, 2) for stage in stages]
 
@@ -559,7 +558,7 @@ class NTXent(torch.autograd.Function):
         for i in range(0, n, block):
             e = NTXent.strip(ctx, z, columns, i)
             sums[i:i + block] += e.sum(1)
-            if ctx.whole and i + block < n:  # the strip, mirrored, holds the columns of later rows
+            if ctx.whole:  # the strip, mirrored, holds the columns of later rows
                 sums[i + block:] += e[:, block:].sum(0)
             if ctx.kept is not None:
                 ctx.kept[i] = e
@@ -591,7 +590,7 @@ class NTXent(torch.autograd.Function):
             first = i if ctx.whole else 0
             g = (inverse[i:i + block, None] + all_inverse[first:]).mul_(e)  # P + P^T, as e is symmetric
             dz[i:i + block].addmm_(g, columns[first:])
-            if ctx.whole and i + block < n:
+            if ctx.whole:
                 dz[i + block:].addmm_(g[:, block:].T, z[i:i + block])
         dz -= z * (z * dz).sum(1, keepdim=True)  # through z = x / |x|: nothing along z is left
         # over the own n rows, not all N: gradients of processes are averaged, not summed
@@ -601,22 +600,20 @@ class NTXent(torch.autograd.Function):
 def nt_xent(a, b, temperature=0.1):
     """NT-Xent (SimCLR): a, b [B, P] of any scale, row i of both from one track -> scalar.
 
-    l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over all 2B rows; under
-    torch.distributed over those of all processes, with gradients exact once they are averaged. Rows shorter
-    than 1e-12, or so long that their square overflows, count as orthogonal to all. Identical embeddings give
-    log(2B - 1). ValueError for a and b of unlike shapes, and for a temperature below 0.01 (exp(-2 / t) leaves
-    float64 below 0.003)."""
-    if a.ndim != 2 or a.shape != b.shape:
+    l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over the 2B rows of all
+    processes, with gradients exact once they are averaged; log(2B - 1) for identical embeddings. Rows shorter
+    than 1e-12, or so long that their square overflows, count as orthogonal to all. ValueError for a and b of
+    unlike shapes, and for a temperature below 0.01."""
+    if a.ndim != 2 or a.shape != b.shape or not len(a):
         raise ValueError(f"nt_xent: a {list(a.shape)} and b {list(b.shape)} must both be [B, P]")
     if not temperature >= 0.01:
         raise ValueError(f"nt_xent: temperature {temperature} must be at least 0.01")
     with torch.autocast(a.device.type, enabled=False):  # exp(s / t) would magnify bf16's error tenfold
-        z = torch.cat([a, b])
-        z = z.float() if z.element_size() < 4 else z
-        z = z.double() if temperature < 0.025 else z  # exp(-2 / t) underflows
+        kind = torch.promote_types(a.dtype, torch.float32)  # of the result
+        z = torch.cat([a, b]).to(torch.float64 if temperature < 0.025 else kind)  # exp(-2 / t) underflows
         # strips of 2 MB stay in a CPU's cache; a GPU wants few large ones, a dozen launches each (unmeasured)
         block = max(64, 2 ** (25 if z.is_cuda else 19) // len(z))
-        return NTXent.apply(z, temperature, block).to(torch.promote_types(a.dtype, torch.float32))
+        return NTXent.apply(z, temperature, block).to(kind)
 
 
 def dft(y, omega=7):
@@ -812,8 +809,8 @@ class SyntheticMusic:
                 bass.append((start, place(triad[tone], t.low[2])))
         return melody, *inner, bass
 
-    def perform(self, rng, t, lines, tick_s, end):
-        """Lines of notes, which last until tick `end` -> wave."""
+    def perform(self, rng, t, lines, hits, tick_s, end):
+        """Lines of notes, which last until tick `end`, and ticks of drums -> wave."""
         wave, fade = np.zeros(2 * SAMPLES, np.float32), np.linspace(1, 0, RELEASE, dtype=np.float32)
         for line, player in zip(lines, (0, 1, 1, 1, 2)):  # melody, three voices of chords, bass
             phase, envelopes = self.motion[t.names[player]]
@@ -825,7 +822,7 @@ class SyntheticMusic:
                 tone = sum(table[at] * envelope[:n] for table, envelope in zip(t.tables[player], envelopes))
                 tone[-RELEASE:] *= fade
                 wave[start:start + n] += t.gains[player] * math.exp(-t.dynamics * rng.random()) * tone
-        for tick in range(0, end, 2) if t.drums else ():  # a hi-hat twice a beat, kick and snare in turns
+        for tick in hits:  # a hi-hat each time, kick and snare in turns
             start, n = int(tick * tick_s * SAMPLE_RATE), len(self.kick)
             noise = rng.choice(self.noise)[:n]
             hit = self.hat * noise + {0: self.kick, 4: self.snare * noise}.get(tick % 8, 0)
@@ -834,20 +831,22 @@ class SyntheticMusic:
 
     def segment(self, rng, t):
         """-> wave [64000], the chord of each frame, beats and onsets in seconds, NaN beyond the last."""
-        tick_s = 60 / t.tempo / TICKS
-        early = rng.random() * tick_s * TICKS  # s by which the first beat lies before the segment
-        chords = self.harmony(rng, t, int((SECONDS + early) / tick_s / TICKS) + 1)
+        beat_s = 60 / t.tempo
+        tick_s = beat_s / TICKS
+        early = rng.random() * beat_s  # s by which the first beat lies before the segment
+        chords = self.harmony(rng, t, int((SECONDS + early) / beat_s) + 1)
         lines, end = self.lines(rng, t, chords), len(chords) * TICKS
-        wave = self.perform(rng, t, lines, tick_s, end)[int(early * SAMPLE_RATE):][:SAMPLES]
+        hits = range(0, end, 2) if t.drums else ()  # twice a beat
+        wave = self.perform(rng, t, lines, hits, tick_s, end)[int(early * SAMPLE_RATE):][:SAMPLES]
         wave = wave + t.hiss * rng.choice(self.noise)
         wave[:int(t.silent * SAMPLE_RATE)] = 0
 
         def heard(ticks, size):
             times = [s for tick in ticks if t.silent <= (s := tick * tick_s - early) < SECONDS]
             return times + [math.nan] * (size - len(times))
-        begins = {tick for line in lines for tick, _ in line}.union(range(0, end, 2) if t.drums else ())
-        names = [triad[0] + 12 * ((triad[1] - triad[0]) % 12 == 3) for _, _, _, triad in chords]
-        beat = [int((frame * HOP / SAMPLE_RATE + early) / tick_s / TICKS) for frame in range(FRAMES)]
+        begins = {tick for line in lines for tick, _ in line}.union(hits)
+        names = [root + 12 * ((third - root) % 12 == 3) for _, _, _, (root, third, _) in chords]  # of beats
+        beat = [int((frame * HOP / SAMPLE_RATE + early) / beat_s) for frame in range(FRAMES)]
         first = round(t.silent * SAMPLE_RATE / HOP)  # the frame where sound begins; 24: no chord
         chord = [24 if t.texture == "solo" or frame < first else names[b] for frame, b in enumerate(beat)]
         return wave, chord, heard(range(0, end, TICKS), BEATS), heard(sorted(begins), BEATS * TICKS)
@@ -935,8 +934,8 @@ class AudioFolder(Dataset):
             raise ValueError("silent where it was read")
         rate = 25 * round(rate / 25)  # at most 3 cents off; 44,101 Hz to the letter takes a filter of minutes
         waves = torchaudio.functional.resample(waves, rate, SAMPLE_RATE)  # its input, where the rates agree
-        samples = round(self.seconds * SAMPLE_RATE)  # resampled sound may miss it by a sample or two
-        return F.pad(waves, (0, max(0, samples - waves.shape[1])))[:, :samples].clamp(-1, 1)
+        missing = round(self.seconds * SAMPLE_RATE) - waves.shape[1]  # a few, or below 0: F.pad then cuts
+        return F.pad(waves, (0, missing)).clamp(-1, 1)
 
 
 class Stream(Dataset):
@@ -956,15 +955,19 @@ class Stream(Dataset):
         return torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2 ** 32)
 
     def __getitem__(self, i):
-        c, progress = self.config, i / self.config.steps
-        if self.folder and (c.init or progress >= 2 * c.easy):  # without --init, generated music warms up
-            g = self.generator(i)
-            tracks = torch.randint(len(self.folder), (c.fresh,), generator=g).tolist()  # files, with repeats
-            waves = torch.stack([self.folder.pair(track, g) for track in tracks])  # [fresh, 2, 64000]
-        else:  # first easy, then more and more rich: rich from the start led into the shortcut (prototype)
+        c, progress, g, waves = self.config, i / self.config.steps, self.generator(i), []
+        # without --init generated music warms up; then some of it stays, lest a folder of few keys spoil `eq`
+        # (measured, one run, two hours of game music: real windows .71 exact instead of .58, untouched .75)
+        in_folder = self.folder and (c.init or progress >= 2 * c.easy)
+        n_files = math.ceil(c.fresh * (1 - c.generated)) if in_folder else 0
+        if n_files:
+            files = torch.randint(len(self.folder), (n_files,), generator=g).tolist()  # with repeats
+            waves += [self.folder.pair(file, g) for file in files]  # [2, 64000] each
+        if n_files < c.fresh:
+            # first easy, then more and more rich: rich from the start led into the shortcut (prototype)
             rich = min(max(progress / c.easy - 1, 0), 1) if c.easy and not c.init else 1
-            waves, _ = self.music.batch(c.fresh, i, rich)
-        waves = waves.flatten(0, 1)
+            waves += self.music.batch(c.fresh - n_files, i, rich)[0]
+        waves = torch.cat(waves)  # [2 fresh, 64000]
         features = (waves,) if c.encoder == "tune" else self.front_end(waves)
         skipped = self.folder.skipped if self.folder else {}
         return [x.half().unflatten(0, (-1, 2)) for x in features], skipped
@@ -1009,8 +1012,7 @@ def calibrate(model, device="cpu", offsets=(MIDDLE,)):
     """The unit phasor that stands for C major and A minor: the one rotation of y that CPSD leaves free.
 
     Taken from 64 generated tracks, whose keys we know because we wrote them; no real music is labelled. One
-    cadence is too pure: its y snaps to one pitch class, often beside real music's (measured, one run: .87 of
-    real pieces exact instead of .88)."""
+    cadence is too pure: its y snaps to one pitch class, often beside real music's."""
     waves, signature = calibration_music()
     to_c = transpose_down(signature.repeat_interleave(2))  # of 128 clips
     return (key_phase(model, waves.flatten(0, 1).to(device), offsets).sgn() * to_c).mean().sgn()
@@ -1079,20 +1081,14 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def send(x, device):
-    """A small x on the device. Plain `to` would wait for all that runs there, a dozen times a step."""
-    return x.to(device, non_blocking=True)  # CUDA has read x once this returns
-
-
 def losses(model, batch, g, encode=None):
     """The views of one step and their losses: batch as Stream gives it, each [B, 2, ...] -> {name: scalar}.
     encode: model.encode, or what torch.compile made of it.
 
     A and B are two segments of a track, A' is A again; each view has a crop of its own. The contrastive token
-    learns from A and B as they sound (with the others' EQ it knows instruments less well: measured, one run,
-    real music, .75 instead of .88), and from few frames, as each has the sound and none the tune (measured,
-    one or two runs, real windows: 16 frames .80, 2 to 4 .83 to .84, 1 frame .80). The equivariant token
-    learns from A, B and A', each VQT with its own EQ, without mel."""
+    learns from A and B as they sound, and from few frames, as each has the sound and none the tune (measured,
+    instruments of real music: equalised .75 instead of .88; 16 frames .80, 2 to 4 .83 to .84, 1 frame .80).
+    The equivariant token learns from A, B and A', each VQT equalised by itself, without mel."""
     c, dev, terms = model.config, batch[0].device, {}
     encode = encode or model.encode
     if c.encoder == "tune":
@@ -1101,16 +1097,15 @@ def losses(model, batch, g, encode=None):
         return {"nt_xent": nt_xent(*z.chunk(2), c.temperature)}
 
     def views(n, n_frames):
-        """The first n of A, B and A again, at the same n_frames frames -> mel and VQT in dB [nB, F, bins],
-        the views' crops [nB] and the frames' places [F].
-
-        A random frame out of each of n_frames equal parts of the 4 s, so that no part is missed (anywhere at
-        random: measured, two runs, .70 of real 4 s windows exact instead of .72)."""
+        """The first n of A, B, A -> mel and VQT in dB [nB, F, bins], the views' crops [nB], and the frames'
+        places [F]: a random one out of each of n_frames equal parts of the 4 s, so that no part is missed
+        (measured: windows .72 exact, from anywhere at random .70)."""
         edges = torch.arange(n_frames + 1) * FRAMES // n_frames
-        frames = send(edges[:-1] + (torch.rand(n_frames, generator=g) * edges.diff()).long(), dev)
+        frames = edges[:-1] + (torch.rand(n_frames, generator=g) * edges.diff()).long()
+        frames = frames.to(dev, non_blocking=True)  # plain `to` would wait for all that runs on a GPU
         segments = [x[:, :, frames].unbind(1) for x in batch]  # A and B, of mel and of VQT
         mel, vqt = (torch.cat([a, b, a][:n]).float() for a, b in segments)
-        offset = send(torch.randint(N_OFFSETS, (len(vqt),), generator=g), dev)
+        offset = torch.randint(N_OFFSETS, (len(vqt),), generator=g).to(dev, non_blocking=True)
         return mel, vqt, offset, frames
 
     if "con" in c.tasks:
@@ -1120,7 +1115,7 @@ def losses(model, batch, g, encode=None):
         terms["nt_xent"] = nt_xent(*model.head_con(cls[:, -1].float()).chunk(2), c.temperature)
     if "eq" in c.tasks:
         mel, vqt, offset, frames = views(3, c.frames)  # [3B, F, bins]
-        vqt = unit_range(vqt + send(random_equaliser(len(vqt), c.eq_db, g), dev))
+        vqt = unit_range(vqt + random_equaliser(len(vqt), c.eq_db, g).to(dev, non_blocking=True))
         with autocast(dev):
             mel = None if model.hides_mel else unit_range(mel)
             cls = encode(mel, crop(vqt, offset), frames, cls_only=True)[-1]
@@ -1174,7 +1169,8 @@ def set_aside(path, error):
 def load(path, device="cpu"):
     """Run folder or model.pt -> model in eval mode. FileNotFoundError and ValueError say what is wrong."""
     path = Path(path)
-    path = path if path.is_file() or path.suffix == ".pt" else path / "model.pt"
+    if path.is_dir() or not (path.is_file() or path.suffix == ".pt"):
+        path = path / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train: python mt2.py --out {path.parent}")
     return read_checkpoint(path)[1].to(device).eval()
@@ -1217,18 +1213,20 @@ def open_log(path, columns, last_step):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{path}: another run is writing here; name another --out") from None
-    header, end = ",".join(columns) + "\n", 0  # end of what is kept, in bytes: in ascii, characters
+    header = ",".join(columns) + "\n"
+    if not path.stat().st_size:
+        file.write(header)
     file.seek(0)
-    for line in file.read().splitlines(keepends=True):
-        step, whole = line.split(",")[0], line.endswith("\n") and line.count(",") == len(columns) - 1
-        row = end and whole and step.isdigit() and int(step) <= last_step
-        if not (line == header or row):
-            break
-        end += len(line)
-    if not end and path.stat().st_size:
+    first, *rows = file.read().splitlines(keepends=True)
+    if first != header:
         raise ValueError(f"{path}: not a log of mt2; name another --out")
+    end = len(header)  # of what is kept, in bytes: in ascii, characters
+    for row in rows:
+        step, whole = row.split(",")[0], row.endswith("\n") and row.count(",") == len(columns) - 1
+        if not (whole and step.isdigit() and int(step) <= last_step):
+            break
+        end += len(row)
     file.truncate(end)
-    file.write("" if end else header)
     return file
 
 
@@ -1383,14 +1381,15 @@ def run(config, signals):
             fresh, found = next(chunks)
             pool = pool or [torch.zeros(slots, *x.shape, dtype=x.dtype, device=device) for x in fresh]
             for ring, x in zip(pool, fresh):
-                ring[chunk % slots] = send(x, device)
-            if new := [f"{file} ({why})" for file, why in found.items() if file not in skipped]:
-                named = "; ".join(new[:3]) if len(skipped) < 3 else "and more"
-                skipped |= found
-                say(f"skipped {len(skipped)} files, or passages of them: {named}")
+                ring[chunk % slots] = x.to(device, non_blocking=True)
+            for file, why in found.items():
+                if file not in skipped and len(skipped) < 3:
+                    say(f"skipped {file} ({why})")
+                skipped[file] = why
             chunk += 1
         g = stream.generator(step)
-        pick = send(torch.randperm(min(chunk, slots) * c.fresh, generator=g)[:c.batch], device)  # no repeats
+        filled = min(chunk, slots) * c.fresh  # tracks in the pool
+        pick = torch.randperm(filled, generator=g)[:c.batch].to(device, non_blocking=True)  # no repeats
         statistics = [b.clone() for b in model.buffers()]  # to undo a bad step
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g, encode)
         lr = learning_rate(step, c)
@@ -1424,13 +1423,14 @@ def run(config, signals):
         if rank == 0:
             loss = weighted(values)
             rate = (step + 1 - done) * c.batch * world_size() / (time.time() - begin)  # tracks a second
-            both = [values.get(k, math.nan) for k in ("nt_xent", "cpsd")]
-            row = [loss, *both, lr, rate]
+            row = loss, values.get("nt_xent", math.nan), values.get("cpsd", math.nan), lr, rate
             log.write(f"{step + 1}," + ",".join(f"{x:.6g}" for x in row) + "\n")
             shown = {k: f"{v:.3f}" for k, v in values.items()}
             bar.set_postfix(loss=f"{loss:.3f}", **shown, tracks_s=f"{rate:.0f}")
             bar.update()
             due = step + 1 == c.steps or (step + 1) % c.save_every == 0  # for a look and a save
+            if due and skipped:
+                say(f"step {step + 1}: skipped {len(skipped)} files so far, or passages of them")
             for sound, (waves, labels) in watched.items() if due else ():
                 m = monitor(model, waves.to(device), labels.get("key_signature"))
                 watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")

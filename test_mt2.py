@@ -425,6 +425,11 @@ def test_an_offset_is_an_int_or_one_per_clip_and_the_middle_by_default():
     for beyond in (16, -1, torch.tensor([3, 16])):
         with pytest.raises(ValueError, match="offset must lie between 0 and 15"):
             net(wave, beyond)
+        with pytest.raises(ValueError, match="offset"):
+            net.pitch(wave, (8, beyond))
+    for odd in (3.0, torch.tensor([3, 8, 3]), torch.tensor([3])):
+        with pytest.raises(ValueError, match="offset must be a whole number, or one for each of 2 waves"):
+            net(wave, odd)
 
 
 def test_the_equivariant_token_is_blind_to_mel_and_the_contrastive_one_is_not():
@@ -1140,6 +1145,9 @@ def test_a_saved_model_loads_as_it_was_and_may_start_another_run(unbroken, tmp_p
     for path in (nothing, nothing / "model.pt"):  # the remedy makes what was asked for
         with pytest.raises(FileNotFoundError, match=f"no such checkpoint.* --out {nothing}$"):
             load(path)
+    (tmp_path / "v1.pt").mkdir()
+    shutil.copy(unbroken / "model.pt", tmp_path / "v1.pt")
+    assert load(tmp_path / "v1.pt").config == net.config  # a run folder may have such a name
 
 
 def test_same_seed_same_run_other_seed_other_run_and_a_finished_run_is_left_alone(unbroken, tmp_path):
@@ -1229,7 +1237,7 @@ def test_seeds_and_ranks_draw_other_segments_of_a_folder_and_other_views(songs):
 
 
 def test_music_is_easy_then_ever_richer_then_the_folders(songs, monkeypatch):
-    stream, seen = mt2.Stream(tiny(data=str(songs), easy=0.2, steps=100, gap=7)), []
+    stream, seen = mt2.Stream(tiny(data=str(songs), easy=0.2, generated=0, steps=100, gap=7)), []
     assert stream.folder.gap == 7 and stream.music.seed >= 4096  # seeds below are never trained on
     silence = lambda n, step, rich: seen.append((step, rich)) or (torch.zeros(n, 2, 64000), {})
     monkeypatch.setattr(stream.music, "batch", silence)
@@ -1246,22 +1254,42 @@ def test_a_run_from_a_model_needs_no_easy_music_and_every_rank_has_music_of_its_
     stream[0]
     assert seen == [1]
     stream.folder = AudioFolder(songs)
-    assert stream[0][0][0].any() and seen == [1]  # the folder from the first step on
+    assert stream[0][0][0].any() and seen == [1, 1]  # the folder from the first step on, and rich music
     ranks = [mt2.Stream(tiny(seed=seed), rank) for seed, rank in ((0, 0), (0, 1), (1, 0))]
     assert len({stream.music.seed for stream in ranks}) == 3
     assert not torch.equal(ranks[0].generator(8).get_state(), ranks[1].generator(7).get_state())
 
 
+@pytest.mark.parametrize("share, files", [(0, 5), (0.5, 3), (0.9, 1)])
+def test_beside_a_folder_a_share_of_generated_music_stays(share, files, songs, monkeypatch):
+    stream = mt2.Stream(tiny(data=str(songs), easy=0, generated=share, fresh=5, pool=20))
+    monkeypatch.setattr(stream.music, "batch", lambda n, step, rich: (torch.zeros(n, 2, 64000), {}))
+    (mel, vqt), _ = stream[3]
+    assert mel.shape[:2] == vqt.shape[:2] == (5, 2)
+    assert mel.flatten(1).amax(1).gt(-160).tolist() == [True] * files + [False] * (5 - files)
+    assert (mel[0, 0] != mel[0, 1]).any()  # A and B of one track
+
+
 def test_a_run_on_a_folder_that_died_goes_on_as_if_unbroken_with_or_without_workers(songs, tmp_path, capsys):
-    settings = dict(data=str(songs), easy=0, tasks="con")
+    settings = dict(data=str(songs), easy=0, generated=0.3, tasks="con")
     whole = train(tiny(tmp_path / "whole", workers=0, **settings))
     said = "".join(capsys.readouterr())
-    assert re.search(r"skipped \d.*(nan.wav|silent.wav|text.ogg)", said)
-    assert all(name in said for name in ("nan.wav", "silent.wav", "text.ogg"))  # not the first alone
+    for name in ("nan.wav", "silent.wav", "text.ogg"):  # not the first alone
+        assert len(re.findall(rf"skipped .*{name} \(", said)) == 1
+    assert "step 8: skipped 3 files so far" in said
     for workers in (0, 2):
         config = tiny(tmp_path / str(workers), workers=workers, **settings)
         interrupted(config, 6)
         assert_equal_runs(train(config), whole)
+
+
+def test_of_many_bad_files_three_are_named_and_all_are_counted(songs, tmp_path, capsys):
+    shutil.copy(songs / "0.wav", tmp_path)
+    for i in range(1, 9):
+        (tmp_path / f"{i}.wav").write_text("words")
+    train(tiny(tmp_path / "run", data=str(tmp_path), easy=0, tasks="con"))
+    said = "".join(capsys.readouterr())
+    assert len(re.findall(r"skipped \S+wav \(", said)) == 3 and "step 8: skipped 8 files so far" in said
 
 
 def test_kill_9_at_random_moments_costs_nothing(songs, tmp_path):
@@ -1781,7 +1809,8 @@ def test_a_dying_rank_ends_the_job_with_a_message(tmp_path):
 
 BAD = ["--steps 0", "--steps many", "--batch 1", "--size huge", "--tasks key", "--tasks con,eq",
        "--tasks=", "--inputs cqt", "--inputs mel --tasks eq", "--inputs wave --tasks con",
-       "--encoder cnn", "--expansion 5", "--device tpu", "--dim 100 --heads 3", "--heads 0", "--dim 0",
+       "--encoder cnn", "--tasks banana,con --encoder tune", "--tasks content --encoder tune",
+       "--inputs cqt --encoder tune", "--generated 1", "--generated -0.1", "--expansion 5", "--device tpu", "--dim 100 --heads 3", "--heads 0", "--dim 0",
        "--depth 0", "--depth 1000000",
        "--frames 127", "--fresh 0", "--fresh 4000", "--pool 3", "--temperature 0",
        "--temperature nan", "--lr -1", "--lr nan", "--lr inf", "--eq-weight nan", "--eq-weight -1",
@@ -1853,7 +1882,7 @@ def test_the_command_trains_on_odd_names_says_what_it_does_and_refuses_in_one_li
     second = python(HERE / "mt2.py", "--batch", "1", cwd=tmp_path)
     said, errors = first.communicate(timeout=100)
     assert first.returncode == 0 and "Traceback" not in errors, errors
-    assert all(part in said for part in ("parameters", "nt_xent 1.95", "skipped 1", "caf"))
+    assert all(part in said for part in ("parameters", "nt_xent 1.95", "caf", "step 8: skipped 1 files"))
     assert len(log_of(tmp_path / "run")) == 8
     said, errors = second.communicate(timeout=100)
     assert second.returncode == 1 and said == "" and re.fullmatch("mt2: --batch 1: .*\n", errors)
