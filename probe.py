@@ -21,7 +21,8 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -40,6 +41,7 @@ PITCHES = "C Db D Eb E F Gb G Ab A Bb B".split()
 MINORS = "C C# D Eb E F F# G G# A Bb B".split()  # as minor keys are usually spelt
 KEYS = [f"{p} major" for p in PITCHES] + [f"{p} minor" for p in MINORS]
 CHORDS = [f"{p}:maj" for p in PITCHES] + [f"{p}:min" for p in PITCHES] + ["N"]
+progress = partial(tqdm, disable=None, leave=False)  # a bar on stderr, if that is a screen
 
 def need(good, message):
     """ValueError with a one-line message for the user, unless all is good."""
@@ -50,20 +52,21 @@ def need(good, message):
 
 def readouts(layers, class_tokens=(), edge=0):
     """Layers, each [B, n_cls + frames_l, dim_l] -> READOUTS [layers, B, dim] and "seq" [layers, B, 126, dim].
-
-    Sequences are averaged or repeated to 126 frames; where the encoder saw no sound, `edge` frames at either
-    end, the nearest is repeated. Narrow layers end in zeros. A single class token has no cls_avg, and without
-    any there is only seq_avg."""
-    n, dim, clips, seq = len(class_tokens), max(x.shape[-1] for x in layers), [], []  # widths may differ
+    Sequences are averaged or repeated to 126 frames; `edge` frames at either end, of which the encoder heard
+    nothing, repeat the nearest. Narrow layers end in zeros. cls_avg needs two class tokens, all_avg one."""
+    n, dim, found = len(class_tokens), max(x.shape[-1] for x in layers), []
     for x in layers:
-        found = dict(zip(class_tokens, x[:, :n].unbind(1)))  # each [B, dim_l]
-        for name, tokens, least in (("cls_avg", x[:, :n], 2), ("seq_avg", x[:, n:], 0), ("all_avg", x, 1)):
-            if n >= least:
-                found[name] = tokens.mean(1)
-        clips.append(F.pad(torch.stack([*found.values()]).float(), (0, dim - x.shape[-1])))  # [r, B, dim]
-        frames = F.adaptive_avg_pool1d(x[:, n:].float().mT, mt2.FRAMES - 2 * edge)  # [B, dim_l, frames]
-        seq.append(F.pad(F.pad(frames, (edge, edge), mode="replicate").mT, (0, dim - x.shape[-1])))
-    return dict(zip(found, torch.stack(clips, 1)), seq=torch.stack(seq))  # [layers, B, ...] each
+        cls, seq = x[:, :n], x[:, n:]
+        read = dict(zip(class_tokens, cls.unbind(1)))  # [B, dim_l] each, as are averages
+        if n > 1:
+            read["cls_avg"] = cls.mean(1)
+        read["seq_avg"] = seq.mean(1)
+        if n:
+            read["all_avg"] = x.mean(1)
+        frames = F.adaptive_avg_pool1d(seq.float().mT, mt2.FRAMES - 2 * edge)  # [B, dim_l, frames]
+        read["seq"] = F.pad(frames, (edge, edge), mode="replicate").mT  # [B, 126, dim_l]
+        found.append({name: F.pad(v.float(), (0, dim - x.shape[-1])) for name, v in read.items()})
+    return {name: torch.stack([read[name] for read in found]) for name in found[0]}
 
 def of_model(model, spectra):
     """A system out of a model of mt2.py; `spectra` is the front end that all systems of a table share."""
@@ -143,7 +146,8 @@ def of_package(spec, device, download=False, trust=False):
             need(all(x.ndim == 3 and len(x) == len(wave) for x in found), "a layer is not [B, frames, dim]")
             return readouts(found)
         with torch.no_grad():
-            read(torch.zeros(2, SAMPLES, device=device))  # what does not fit is known before all music
+            for n in (1, 2):
+                read(torch.zeros(n, SAMPLES, device=device))  # what does not fit is known before all music
         return read
     except Exception as error:  # foreign code raises anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
@@ -165,11 +169,9 @@ def cross_entropy(logits, y, multi):
 
 def fit(x, y, multi, l2=L2, steps=40):
     """Features x [G, N, D], targets y [N, C] -> weights [G, K, D + 1, C], bias last, for strengths l2 [K].
-
     Full-batch logistic regression without learning rate or random start. Boehning's bound: the Hessian is at
-    most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots
-    (but for rounding, where weak decay meets features that are all but equal).
-    With Nesterov's momentum 40 such steps are enough."""
+    most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots,
+    but by rounding where weak decay meets all but equal features. With Nesterov's momentum 40 steps do."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # the bias is one more weight
     (G, N, D), K, C = x.shape, len(l2), y.shape[1]  # probes, rows, features and bias, decays, classes
     decay = torch.tensor(l2, device=x.device)[:, None].repeat(1, D)  # [K, D]
@@ -185,33 +187,39 @@ def fit(x, y, multi, l2=L2, steps=40):
         ahead = w + step / (step + 3) * (w - last)
     return w
 
-def probe(x, y, held_x, held_y, multi, mix=False):
-    """Train on x [G, N, D], y [N, C] -> function (features [G, M, D] to logits [G, M, C]), held-out losses
-    [G], None. Standardised by the training rows; each probe has the decay that is best on the held-out rows.
-    mix: one probe (logits [1, M, C], loss [1]) on a learned mixture of the G layers, and its weights [G]."""
-    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # [G, 1, D]
-    std = torch.where(std > 1e-6, std, torch.inf)  # what never changes says nothing
-    scaled = lambda x: (x - mean) / std
-    if not mix:
-        w = fit(scaled(x), y, multi)
-        logits = scaled(held_x)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C], K decays
-        loss, best = cross_entropy(logits, held_y, multi).nan_to_num(math.inf, math.inf).min(1)  # [G] each
-        w = w[torch.arange(len(w)), best]  # [G, D + 1, C]
-        return lambda x: scaled(x) @ w[:, :-1] + w[:, -1:], loss, None
-    shapes = (len(x), 1, 1), (x.shape[2], y.shape[1]), (y.shape[1],)
-    share, w, b = params = [torch.zeros(shape, device=x.device, requires_grad=True) for shape in shapes]
-    predict = lambda x: ((share.softmax(0) * scaled(x)).sum(0) @ w + b)[None]  # [1, M, C]
+def fit_mixture(x, y, multi):
+    """Features x [G, N, D], targets y [N, C] -> shares of the layers in a mixture [G, 1, 1], and weights
+    [D, C] and bias [C] of a probe that reads it, all learned together."""
+    (G, N, D), C = x.shape, y.shape[1]
+    score, w, b = params = [x.new_zeros(shape).requires_grad_() for shape in ((G, 1, 1), (D, C), (C,))]
     # 20 iterations: from then on the shares fit noise until one layer takes all, and scores fall
     optimizer = torch.optim.LBFGS(params, max_iter=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = cross_entropy(predict(x), y, multi).sum() + 0.005 * w.square().sum()  # decay: .01
+        logits = (score.softmax(0) * x).sum(0) @ w + b  # [N, C]
+        loss = cross_entropy(logits, y, multi) + 0.005 * w.square().sum()  # decay: .01
         loss.backward()
         return loss
     optimizer.step(closure)
-    with torch.no_grad():
-        return predict, cross_entropy(predict(held_x), held_y, multi), share.softmax(0).flatten()
+    return score.softmax(0).detach(), w.detach(), b.detach()
+
+def probe(x, y, held_x, held_y, multi, mix=False):
+    """Train on x [G, N, D], y [N, C], which also standardise; held-out rows choose the decay of each probe
+    -> predict (features [G, M, D] -> logits [G, M, C]), held-out losses [G], None.
+    mix: one probe of a learned mixture -> predict (-> [1, M, C]), loss [1], shares of the G layers [G]."""
+    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # [G, 1, D]
+    std = torch.where(std > 1e-6, std, torch.inf)  # what never changes says nothing
+    scaled = lambda x: (x - mean) / std
+    if mix:
+        share, w, b = fit_mixture(scaled(x), y, multi)
+        predict = lambda x: ((share * scaled(x)).sum(0) @ w + b)[None]  # [1, M, C]
+        return predict, cross_entropy(predict(held_x), held_y, multi), share.flatten()
+    w = fit(scaled(x), y, multi)
+    logits = scaled(held_x)[:, None] @ w[:, :, :-1] + w[:, :, -1:]  # [G, K, M, C], K decays
+    loss, best = cross_entropy(logits, held_y, multi).nan_to_num(math.inf, math.inf).min(1)  # [G] each
+    w = w[torch.arange(len(w)), best]  # [G, D + 1, C]
+    return lambda x: scaled(x) @ w[:, :-1] + w[:, -1:], loss, None
 
 # ---- Tasks: targets for the probe and a metric for what it says, mir_eval's where it has one
 KINDS = dict(key="key", tempo="tempo", bpm="tempo", chord="chord", chords="chord", beat="beat", beats="beat",
@@ -227,7 +235,7 @@ class Task(NamedTuple):
 def ranking(truth, scores):
     """Truth of 0 and 1, scores [N, C] -> average precision and area under the ROC curve, means over the
     columns that hold both positives and negatives. Ties enter together, and count half."""
-    ap, auc, mean = [], [], lambda v: float(np.mean(v)) if v else math.nan
+    ap, auc = [], []
     for t, s in zip(truth.T > 0, scores.T):
         if 0 < t.sum() < len(t):
             yes, no = np.sort(s[t]), np.sort(s[~t])  # scores of positives and of negatives
@@ -235,35 +243,35 @@ def ranking(truth, scores):
             hits, misses = above(yes, "left"), above(no, "left")  # as high or higher
             ap.append((hits / (hits + misses)).mean())
             auc.append(1 - (misses + above(no, "right")).mean() / 2 / len(no))
-    return {"map": mean(ap), "roc_auc": mean(auc)}
+    return {"map": np.mean(ap or math.nan), "roc_auc": np.mean(auc or math.nan)}  # NaN without any
 
 def tempo_accuracy(truth, estimate):
     """BPM [N] twice -> Acc1, within 4 %; Acc2, where half, third, double and triple tempo count as well."""
     near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]
-    return {"acc1": float(near[0].mean()), "acc2": float(np.any(near, 0).mean())}
+    return {"acc1": near[0].mean(), "acc2": np.any(near, 0).mean()}
 
-def chord_class(label):
-    """Chord label (Harte) -> index into CHORDS; -1: neither major nor minor nor N. ValueError."""
+def chord_class(label, path="a chord"):
+    """Chord label (Harte) in a file -> index into CHORDS; -1: neither major nor minor nor N. ValueError."""
     import mir_eval
     try:
         root, notes, _ = mir_eval.chord.encode(label)
     except mir_eval.chord.InvalidChordException:
-        raise ValueError(f"'{label}' is no chord; write C:maj, A:min, N") from None
-    third = {"10001001": 0, "10010001": 12}.get("".join(str(int(n)) for n in notes[:8]))  # root to fifth
-    return 24 if label == "N" else -1 if third is None else int(root) + third
+        raise ValueError(f"{path}: '{label}' is no chord; write C:maj, A:min, N") from None
+    triad = "".join(str(int(note)) for note in notes[:8])  # semitones from the root to the fifth
+    return {"10001001": root, "10010001": 12 + root}.get(triad, 24 if label == "N" else -1)
 
 def clip_task(name, truth, owner):
     """Truth, one per file, None if not labelled: a class, an index into KEYS, BPM, or a set of tags."""
     from mir_eval.key import weighted_score
-    kind, known = KINDS.get(name), [v for v in truth if v is not None]  # labels of labelled files
-    tags = isinstance(known[0], set)
-    # keys have fixed places, for mir_eval; other classes are those that occur
-    names = range(24) if kind == "key" else sorted(set().union(*known) if tags else set(known))
-    if kind == "tempo":  # classes 5 % apart: the nearest lies within 2.5 %
-        names = [names[0] * 1.05 ** i for i in range(2 + int(math.log(names[-1] / names[0], 1.05)))]
-    nearest = lambda v: min(names, key=lambda n: abs(n - v)) if kind == "tempo" else v
-    marks = lambda v: [float(n in v) for n in names] if tags else [float(n == v) for n in names]
-    y = torch.tensor([[math.nan] * len(names) if v is None else marks(nearest(v)) for v in truth])
+    kind, tags = KINDS.get(name), any(isinstance(v, set) for v in truth)
+    labels = [v if tags or v is None else {v} for v in truth]
+    classes = sorted(set().union(*filter(None, labels)))  # those that occur
+    if kind == "key":
+        classes = range(24)  # in fixed places, for mir_eval
+    if kind == "tempo":  # 5 % apart: the nearest lies within 2.5 %
+        classes = [classes[0] * 1.05 ** i for i in range(2 + int(math.log(classes[-1] / classes[0], 1.05)))]
+        labels = [v and {min(classes, key=lambda c: abs(c - bpm)) for bpm in v} for v in labels]
+    y = torch.tensor([[math.nan if v is None else float(c in v) for c in classes] for v in labels])
 
     def score(p, test, valid):
         right, said = y[test].numpy(), p[test].numpy()  # [files, C]
@@ -271,26 +279,24 @@ def clip_task(name, truth, owner):
             return ranking(right, said)
         right, said = right.argmax(1), said.argmax(1)
         if kind == "tempo":
-            return tempo_accuracy(np.array([truth[i] for i in test]), np.array(names)[said])
-        scores = {"accuracy": float((right == said).mean())}
+            return tempo_accuracy(np.array([truth[i] for i in test]), np.array(classes)[said])
+        scores = {"accuracy": (right == said).mean()}
         if kind == "key":
-            scores["mirex"] = float(np.mean([weighted_score(KEYS[a], KEYS[b]) for a, b in zip(right, said)]))
+            scores["mirex"] = np.mean([weighted_score(KEYS[a], KEYS[b]) for a, b in zip(right, said)])
         return scores
     return Task(y, owner, score, tags)
 
 def chord_task(name, truth, owner, now):
-    """Truth: (intervals [n, 2] s, classes [n]) per file. Windows: their files; times of their frames.
-
-    Metric: share of right frames among chords with a major or minor third, a fifth, and N: mir_eval's
-    majmin, frame by frame."""
+    """Truth: (intervals [n, 2] in s, classes [n]) per file; windows: their files, times of their frames.
+    mir_eval's majmin, frame by frame: the share of right ones where the label is major, minor or N."""
     index = torch.full(now.shape, -1)  # [windows, frames]; -1: no label, not scored
-    for file in owner.unique().tolist():
+    for i, file in enumerate(owner.tolist()):
         if truth[file]:
-            mine, (intervals, classes) = now[owner == file], truth[file]
+            intervals, classes = truth[file]
             begin, end = torch.tensor(intervals, dtype=now.dtype).T.contiguous()
-            last = torch.searchsorted(begin, mine, right=True) - 1  # the chord that began last
-            within = (last >= 0) & (mine < end[last])
-            index[owner == file] = torch.tensor(classes)[last].where(within, -1)
+            last = torch.searchsorted(begin, now[i], right=True) - 1  # the chord that began last; -1: none
+            within = (last >= 0) & (now[i] < end[last])
+            index[i] = torch.tensor(classes)[last].where(within, -1)
     y = F.one_hot(index.clamp_min(0), len(CHORDS)).float().masked_fill(index[..., None] < 0, math.nan)
 
     def score(p, test, valid):
@@ -317,17 +323,19 @@ def event_task(name, truth, owner, now):
     def score(p, test, valid):
         p = p[:, :-1, 0]  # the last frame of a window is the first of the next
         peak, held, values = peaks(p), torch.isin(owner, valid), []  # held: windows of validation files
-        # one threshold for all: as many peaks on validation files as they hold events
-        heights = F.pad(p[held][peak[held]].sort(descending=True).values, (0, 1))  # at least one: 0
-        least = heights[min(max(int(y[held, :-1].sum()), 1), len(heights)) - 1]
+        # one threshold for all: as many peaks on validation files as they hold events, at least one
+        heights, count = p[held][peak[held]].sort(descending=True).values, int(y[held, :-1].sum())
+        least = F.pad(heights, (0, 1))[:max(count, 1)][-1]  # 0 where there are too few peaks
+        said = peak & (p >= least)  # [windows, frames]
         for file in test.tolist():
             mine = owner == file
             true = truth[file][truth[file] < now[mine].max().item()]  # of a long file only the start is read
             if len(true):  # F is not defined where nothing happens
-                times = now[:, :-1][peak & (p >= least) & mine[:, None]]
-                values.append(f_measure(true, times.numpy()))
-        return {"f_measure": float(np.mean(values)) if values else math.nan}
+                values.append(f_measure(true, now[mine, :-1][said[mine]].numpy()))
+        return {"f_measure": np.mean(values or math.nan)}
     return Task(y, owner, score, multi=True)
+
+FRAME_TASKS = dict(chord=chord_task, beat=event_task, onset=event_task)
 
 # ---- Data: generated music, sound files, manifests
 COUNTS, LOCAL, CHUNK = (800, 200, 400), (200, 100, 150), 50  # train, valid, test clips; with frames; at once
@@ -337,9 +345,9 @@ def generated(truth):
     """Batches for `collect`; fills `truth`, a defaultdict {task: labels, one per clip}, on the way."""
     names, start = list(mt2.INSTRUMENTS), np.arange(mt2.FRAMES) * HOP_S
     spans = np.stack([start, start + HOP_S], 1)  # a chord per frame, as read from a .lab file
-    for part, (n, local) in enumerate(zip(COUNTS, LOCAL)):
+    for part, (clips, local) in enumerate(zip(torch.arange(sum(COUNTS)).split(COUNTS), LOCAL)):
         music = mt2.SyntheticMusic(1001 + part)  # training seeds start at 4096
-        for step in range(n // CHUNK):
+        for step, files in enumerate(clips.split(CHUNK)):  # a clip is a file
             waves, labels = music.batch(CHUNK, step)  # half of the tracks rich, half easy
             for task in ("key", "key_signature", "instrument", "tempo"):
                 truth[task] += labels[task].tolist()
@@ -349,7 +357,6 @@ def generated(truth):
             truth["chord"] += [(spans, chord) for chord in labels["chord"][:, 0].tolist()]
             for task in ("beat", "onset"):  # NaN is dropped
                 truth[task] += [np.sort(times[times >= 0]) for times in labels[f"{task}s"][:, 0].numpy()]
-            files = sum(COUNTS[:part]) + step * CHUNK + torch.arange(CHUNK)  # a clip is a file
             yield waves[:, 0], files, torch.zeros(CHUNK), step * CHUNK < local  # only segment A
 
 def open_sound(path):
@@ -361,18 +368,9 @@ def open_sound(path):
     except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
         raise ValueError(f"{path}: not a sound file that can be read; give wav, flac, ogg or mp3") from None
 
-def duration(path):
-    """Seconds of a sound file, nothing decoded; of a broken one infinite, as reading it will name it."""
-    try:
-        with open_sound(path) as sound:
-            return sound.frames / sound.samplerate
-    except ValueError:
-        return math.inf
-
 def cut(path):
-    """Sound file -> mono 16 kHz windows [n, 64000], one after another. ValueError.
-
-    A rest shorter than a quarter of a window is dropped, unless it is all there is; others are padded."""
+    """Sound file -> mono 16 kHz windows [n, 64000], one after another, the last padded, or dropped if shorter
+    than a quarter of a window and not all there is. ValueError."""
     with open_sound(path) as file:
         rate = 25 * round(file.samplerate / 25)  # as in mt2.AudioFolder
         need(1000 <= rate <= 10 ** 6, f"{path}: {file.samplerate} Hz is no rate of sound; remove it")
@@ -402,10 +400,30 @@ def none_lost(found, files):
     """ValueError, and so an exit status, after all work is done, if only `found` of the files were read."""
     need(found == len(files), f"{len(files) - found} of {len(files)} files were left out: see above")
 
+def read_labels(path, kind, sound):
+    """Label file -> times [n] in s of events; of chords (intervals [n, 2] in s, classes [n]). ValueError."""
+    width = 2 if kind == "chord" else 1  # times in a line
+    need(path.is_file(), f"{path}: no such label file; fix the column")
+    try:
+        rows = [line.split() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        times = np.array([row[:width] for row in rows], float)
+        labels = [row[2] for row in rows] if kind == "chord" else []
+        good = times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # written labels are rounded
+    except (ValueError, IndexError):
+        good = False
+    need(good, f"{path}: empty or not labels; a line starts with {width} rising time(s) in seconds")
+    last, seconds = times.max(), math.inf  # of a broken sound, as reading it will name it
+    with suppress(ValueError), open_sound(sound) as file:
+        seconds = file.frames / file.samplerate
+    need(last < seconds + 0.5, f"{path}: a label at {last:.2f} s, but the sound ends at {seconds:.2f} s")
+    return (times, [chord_class(label, path) for label in labels]) if labels else np.sort(times[:, 0])
+
 def parse(task, text, folder, sound):
-    """A manifest's cell, and its sound file -> what the tasks call truth. ValueError."""
+    """A manifest's cell, and its sound file -> what tasks call truth; None of an empty one. ValueError."""
     from mir_eval.key import KEY_TO_SEMITONE
     kind = KINDS.get(task, "tags" if "|" in text else "class")
+    if not text:
+        return None
     if kind == "key":
         tonic, _, mode = text.replace(":", " ").lower().partition(" ")  # as in C:maj, f# minor
         tonics = KEY_TO_SEMITONE | {"cb": 11, "fb": 4, "e#": 5, "b#": 0}  # which mir_eval leaves out
@@ -416,23 +434,8 @@ def parse(task, text, folder, sound):
         good = text.replace(".", "", 1).isdecimal() and 10 <= float(text) <= 1000
         need(good, f"'{text}' is not 10 to 1000 beats per minute")
         return float(text)
-    if kind in ("chord", "beat", "onset"):
-        path, width = folder / text, 2 if kind == "chord" else 1
-        need(path.is_file(), f"{path}: no such label file; fix the column")
-        try:
-            lines = path.read_text("utf-8-sig").splitlines()
-            rows = np.array([line.split()[:2 * width - 1] for line in lines if line.strip()])
-            times, labels = rows[:, :width].astype(float), rows[:, 2] if kind == "chord" else ()
-            good = times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # written labels are rounded
-        except (ValueError, IndexError):
-            good = False
-        need(good, f"{path}: empty or not labels; a line starts with {width} rising time(s) in seconds")
-        last, seconds = times.max(), duration(sound)
-        need(last < seconds + 0.5, f"{path}: a label at {last:.2f} s, but the sound ends at {seconds:.2f} s")
-        try:
-            return (times, [*map(chord_class, labels)]) if kind == "chord" else np.sort(times[:, 0])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+    if kind in FRAME_TASKS:
+        return read_labels(folder / text, kind, sound)
     return {tag.strip() for tag in text.split("|") if tag.strip()} if kind == "tags" else text
 
 def manifest(path, tasks, seed=0, for_probe=True):
@@ -441,8 +444,8 @@ def manifest(path, tasks, seed=0, for_probe=True):
     need(Path(path).is_file(), f"--data {path}: no such file; give a manifest, see README.md")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(reader := csv.DictReader(file, restval=""))
-            columns = [str(name) for name in reader.fieldnames or ()]
+            reader = csv.DictReader(file, restval="")
+            rows, columns = list(reader), reader.fieldnames or ()
     except (UnicodeDecodeError, csv.Error):
         raise ValueError(f"{path}: not a CSV text file") from None
     folder, truth, parts = Path(path).parent, {}, {}
@@ -454,31 +457,30 @@ def manifest(path, tasks, seed=0, for_probe=True):
     need(not lost, f"{path}: {len(lost)} of {len(files)} files are missing, as {lost[:1]}; fix column 'path'")
     once = len({file.resolve() for file in files}) == len(files)
     need(once, f"{path}: a file is listed twice; give each file one row")
-    order = np.random.default_rng(seed).permutation(len(rows))  # without a split a fifth is for testing
-    drawn = ["test" if i < len(rows) / 5 else "train" for i in order]  # of the rows in their order
-    split = [row.get("split", part).strip() for row, part in zip(rows, drawn)]
+    lot = np.random.default_rng(seed).permutation(len(rows))  # without a split: a fifth is drawn for testing
+    split = [row.get("split", "test" if i < len(rows) / 5 else "train").strip() for i, row in zip(lot, rows)]
     wrong = sorted(set(split) - {"train", "valid", "test"})
     need(not wrong, f"{path}: split {wrong[:1]} is not train, valid or test")
     for task in tasks:
         try:
-            cells = [(row[task].strip(), folder, file) for row, file in zip(rows, files)]
-            truth[task] = [parse(task, *cell) if cell[0] else None for cell in cells]
+            truth[task] = [parse(task, row[task].strip(), folder, file) for row, file in zip(rows, files)]
         except ValueError as error:
             raise ValueError(f"{path}, column '{task}': {error}") from None
         if any(isinstance(v, set) for v in truth[task]):  # a file with a single tag has no bar
             truth[task] = [{v} if isinstance(v, str) else v for v in truth[task]]
-        labelled = [(i, split[i], v) for i, v in enumerate(truth[task]) if v is not None]  # file, part, label
-        parts[task] = [torch.tensor([i for i, s, _ in labelled if s == part], dtype=torch.long)
+        labelled = [i for i, v in enumerate(truth[task]) if v is not None]
+        parts[task] = [torch.tensor([i for i in labelled if split[i] == part], dtype=torch.long)
                        for part in ("train", "valid", "test")]
-        need(not for_probe or len(parts[task][0]) > 1 and len(parts[task][2]), f"{path}: column '{task}' has "
-             f"{len(parts[task][0])} labels in train and {len(parts[task][2])} in test; it needs 2 and 1")
-        kind = KINDS.get(task, "tags")
-        if for_probe and kind in ("key", "tempo", "tags"):
-            sets = [(part, v if isinstance(v, set) else {v}) for _, part, v in labelled]
-            train, test = (set().union(*(v for p, v in sets if p == part)) for part in ("train", "test"))
-            new = sorted(test - train) if kind == "tags" else []
-            need(len(train) > 1, f"{path}: column '{task}' has one class only in train; a probe needs two")
-            need(not new, f"{path}, column '{task}': {new[:1]} is in test but not in train; move or drop it")
+        train, _, test = parts[task]
+        few = f"{len(train)} labels in train and {len(test)} in test; it needs 2 and 1"
+        need(not for_probe or len(train) > 1 and len(test), f"{path}: column '{task}' has {few}")
+        kind = KINDS.get(task, "tags")  # a class is like a single tag
+        if for_probe and kind not in FRAME_TASKS:
+            sets = [v if isinstance(v, set) else {v} for v in truth[task]]
+            known, asked = (set().union(*(sets[i] for i in part)) for part in (train, test))
+            new = sorted(asked - known) if kind == "tags" else []
+            need(len(known) > 1, f"{path}: column '{task}' has one class only in train; a probe needs two")
+            need(not new, f"{path}, column '{task}': {new[:1]} is in test, not train; drop it or split anew")
     return files, truth, parts
 
 # ---- The study: every system, task, readout and layer
@@ -486,15 +488,14 @@ def manifest(path, tasks, seed=0, for_probe=True):
 @torch.no_grad()
 def collect(systems, batches, device):
     """Run every system over batches of (waves [B, T], file of each, start of each in s, whether its frames
-    are kept) -> features {system: {readout: [layers, N, D] or, of frames, [layers, n, 126, D]}}, the file of
-    each of the N windows, and of the n windows with frames their files and times [n, 126]."""
-    found, owner, local, now = {name: {} for name in systems}, [], [torch.zeros(0, dtype=torch.long)], []
+    are kept) -> features {system: {readout: [layers, N, D] or, of the n windows whose frames are kept,
+    [layers, n, 126, D]}}; of all N windows the file, times of frames [N, 126] in s, whether they are kept."""
+    found, owner, now, kept = {name: defaultdict(list) for name in systems}, [], [], []
     for waves, files, start, frames in batches:
         waves = waves.to(device)
         owner.append(files)
-        if frames:
-            local.append(files)
-            now.append(start[:, None] + torch.arange(mt2.FRAMES) * HOP_S)
+        now.append(start[:, None] + torch.arange(mt2.FRAMES) * HOP_S)
+        kept.append(torch.full((len(files),), frames))
         for (name, seeds), read in systems.items():
             if not frames and name.endswith(" attention"):  # which has nothing but frames
                 continue
@@ -502,10 +503,10 @@ def collect(systems, batches, device):
                 if frames or x.ndim == 3:
                     x = x if x.ndim == 3 else x.half()  # frames are many
                     need(x.isfinite().all(), f"{name}, {readout}: NaN, infinity or beyond half precision")
-                    found[name, seeds].setdefault(readout, []).append(x.cpu())
+                    found[name, seeds][readout].append(x.cpu())
     need(owner, "no sound could be read")
     found = {name: {r: torch.cat(x, 1) for r, x in features.items()} for name, features in found.items()}
-    return found, torch.cat(owner), torch.cat(local), torch.cat(now) if now else None
+    return found, torch.cat(owner), torch.cat(now), torch.cat(kept)
 
 def evaluate(x, task, part, device, mix=False):
     """Features x [G, windows, D] or [G, windows, frames, D] -> G scores {metric: value}, G held-out losses;
@@ -538,8 +539,9 @@ def evaluate(x, task, part, device, mix=False):
 def study(found, tasks, parts, device, mix):
     """-> rows for results.json. Each seed leaves out another tenth of the training files or, where there is
     no validation part, takes another fifth of them for it."""
-    runs, jobs = {}, [(name, task, *item) for name, task in tasks.items() for item in found.items()]
-    for name, task, (system, seeds), features in tqdm(jobs, "probes", disable=None, leave=False):
+    runs = defaultdict(list)  # (system, task, readout, layer): scores and held-out loss of each seed
+    jobs = [(name, task, *item) for name, task in tasks.items() for item in found.items()]
+    for name, task, (system, seeds), features in progress(jobs, "probes"):
         wanted = {r: x for r, x in features.items()  # clips or frames, as the task; curves for events alone
                   if x.ndim == task.y.ndim + 1 and (x.ndim == 3 or x.shape[-1] > 1 or task.multi)}
         for seed in seeds if wanted else ():
@@ -555,43 +557,42 @@ def study(found, tasks, parts, device, mix):
                     score, loss, weights = evaluate(x, task, part, device, mix=True)
                     scores, losses, places = scores + score, losses + loss, places + [(f"{r} mix", 0)]
                     print(f"layers of {system} {r} for {name}:", *(f"{w:.2f}" for w in weights))
-            for place, *run in zip(places, scores, losses):  # a run: scores and held-out loss of one seed
-                runs.setdefault((system, name, *place), []).append(run)
+            for place, *run in zip(places, scores, losses):
+                runs[system, name, *place].append(run)
     rows, number = [], lambda v: round(float(v), 5) if math.isfinite(v) else None  # NaN is no JSON
-    for (system, name, readout, layer), run in runs.items():
-        for metric in run[0][0]:
-            values, losses = zip(*((scores[metric], loss) for scores, loss in run))
+    for (system, name, readout, layer), of_seeds in runs.items():
+        scores, losses = zip(*of_seeds)
+        for metric in scores[0]:
+            values = [score[metric] for score in scores]
             rows.append(dict(encoder=system, task=name, readout=readout, layer=layer, metric=metric,
                              value=number(np.mean(values)), std=number(np.std(values)),
                              n_train=len(parts[name][0]), n_test=len(parts[name][2]),
                              valid_loss=number(np.mean(losses))))
     return rows
 
-def held_out(row):
-    """The validation loss by which a layer is chosen; where it is not defined, the layer comes last."""
-    return math.inf if row["valid_loss"] is None else row["valid_loss"]
-
 def by_task(results):
-    """{(encoder, task): its rows, of the main metric, where it is defined}."""
-    rows = {}
+    """{(encoder, task): its rows, of the main metric, where it is defined}; undefined losses are infinite."""
+    rows = defaultdict(list)
     for row in results:
         if row["metric"] in ("accuracy", "acc1", "map", "majmin", "f_measure") and row["value"] is not None:
-            rows.setdefault((row["encoder"], row["task"]), []).append(row)
+            loss = math.inf if row["valid_loss"] is None else row["valid_loss"]
+            rows[row["encoder"], row["task"]].append(row | {"valid_loss": loss})
     return rows
 
 def table(results):
-    """Print a row per system and readout, at the layer of the lowest validation loss and at the last; ±: the
-    std over seeds."""
-    cells, metrics = {row["encoder"]: {} for row in results}, {}  # {system: {readout: {task: text}}}
+    """Print scores at the layer of the lowest validation loss and at the last; ±: the std over seeds."""
+    cells = {row["encoder"]: defaultdict(dict) for row in results}  # {system: {readout: {task: text}}}
+    metrics = {}  # {task: its main metric}
     for (system, task), rows in by_task(results).items():
         metrics[task] = rows[0]["metric"]
         for readout in dict.fromkeys(row["readout"] for row in rows):
             layers = [row for row in rows if row["readout"] == readout]
-            best, last = min(layers, key=held_out), layers[-1]
-            for name, row in ((readout, best), (f"{readout} last", last))[:len(layers)]:
-                at = f" L{row['layer']}" if len(layers) > 1 else ""
-                text = f"{row['value']:.3f}±{row['std']:.3f}{at}"
-                cells[system].setdefault(name, {})[task] = text
+            shown = {readout: min(layers, key=lambda row: row["valid_loss"])}
+            if len(layers) > 1:
+                shown[f"{readout} last"] = layers[-1]
+            for name, row in shown.items():
+                layer = f" L{row['layer']}" if len(layers) > 1 else ""
+                cells[system][name][task] = f"{row['value']:.3f}±{row['std']:.3f}{layer}"
     grid = [("", "", *metrics), ("system", "readout", *metrics.values())]
     grid += [(system, readout, *(line.get(task, "") for task in metrics))
              for system, lines in cells.items() for readout, line in lines.items()]
@@ -602,11 +603,10 @@ def table(results):
 COLOURS = dict(zip((*READOUTS, "seq"), ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")))
 REFERENCES = ("untrained", "log-mel", "chroma", "flux")  # and all whose names end in " attention"
 
-def canvas(rows, columns, size, **how):
-    """A figure of size inches and its axes [rows, columns]; without pyplot it needs no screen."""
+def canvas(width, height):
+    """A figure of this size in inches; without pyplot it needs no screen."""
     from matplotlib.figure import Figure
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **how)
+    return Figure((width, height), layout="constrained")
 
 def ready(path):
     """Make the folder of a file that is to be written. ValueError, before the work, if it cannot be."""
@@ -628,29 +628,31 @@ def write(path, content):
     print(path)
 
 def layers_figure(results):
-    """Scores over layers, a panel per task, a line per readout; references are horizontal, at the layer of
-    the lowest validation loss."""
+    """Scores over layers, a panel per task, a line per readout; horizontal: a reference at its best layer."""
     rows, tasks, handles = by_task(results), list(dict.fromkeys(row["task"] for row in results)), {}
     systems = list(dict.fromkeys(system for system, _ in rows))
     references = [s for s in systems if s in REFERENCES or s.endswith(" attention")]
     width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)  # one more for the legend
-    figure, axes = canvas(height, width, (3.2 * width, 2.7 * height))
+    figure = canvas(3.2 * width, 2.7 * height)
+    panels = {task: figure.add_subplot(height, width, 1 + i) for i, task in enumerate(tasks)}
     for (system, task), mine in rows.items():
-        ax = axes.flat[tasks.index(task)]
+        ax = panels[task]
         ax.set(title=task, xlabel="layer", ylabel=mine[0]["metric"].replace("_", " "))
         ax.locator_params(axis="x", integer=True)
         if system in references:
-            i, best = references.index(system), min(mine, key=held_out)
+            i, best = references.index(system), min(mine, key=lambda row: row["valid_loss"])
             style = dict(ls=("--", "-.", ":")[i % 3], color=("k", "0.6")[i // 3 % 2], lw=1.2)
             handles[system] = ax.axhline(best["value"], **style)
-        for r in COLOURS if system not in references else ():
+            continue
+        for r in COLOURS:
             points = [(row["layer"], row["value"]) for row in mine if row["readout"] == r]
             if points:
                 style = dict(marker="osD^v"[systems.index(system) % 5], ms=4, lw=1.2, color=COLOURS[r])
+                style["ls"] = "--" if r == "seq_avg" else "-"  # it often lies on all_avg
                 handles[f"{system} {r}"], = ax.plot(*zip(*points), **style)
-    for ax in axes.flat[len(tasks):]:
-        ax.axis("off")
-    axes.flat[len(tasks)].legend(handles.values(), handles.keys(), loc="center", fontsize=7, frameon=False)
+    ax = figure.add_subplot(height, width, 1 + len(tasks))
+    ax.axis("off")
+    ax.legend(handles.values(), handles.keys(), loc="center", fontsize=7, frameon=False)
     return figure
 
 def similarity_figure(model, waves):
@@ -660,47 +662,48 @@ def similarity_figure(model, waves):
     seq = seq.flatten(1, 2)  # [layers, 25 n, dim]
     seq = F.normalize(seq - seq.mean(1, keepdim=True), dim=-1).cpu().numpy()
     width, height, extent = min(5, len(seq)), math.ceil(len(seq) / 5), (0, SECONDS * len(waves)) * 2
-    figure, axes = canvas(height, width, (2.8 * width + 1, 2.8 * height + 0.8), sharex=True, sharey=True)
-    for layer, ax in enumerate(axes.flat):
-        ax.set_visible(layer < len(seq))
-        x = seq[min(layer, len(seq) - 1)]  # [25 n, dim]
+    figure = canvas(2.8 * width + 1, 2.8 * height + 0.8)
+    for layer, x in enumerate(seq):  # x [25 n, dim]
+        ax = figure.add_subplot(height, width, layer + 1)
         image = ax.imshow(x @ x.T, cmap="cividis", vmin=-1, vmax=1, origin="lower", extent=extent)
         ax.set(title=f"layer {layer}", xlabel="time (s)", ylabel="time (s)")
         ax.label_outer()
-    figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8)
+    figure.colorbar(image, ax=figure.axes, label="cosine similarity", shrink=0.8)
     return figure
 
 def attention_figure(model, wave):
     """Log-mel spectrogram of a window [1, 64000]; below, what the class tokens attend to, a row per head."""
     mel, paid, n = model.front_end(wave)[0].cpu().numpy(), attention(model, wave), len(model.class_tokens)
-    figure, axes = canvas(1 + n, 1, (9, 2.6 + 1.9 * n), sharex=True)
+    figure = canvas(9, 2.6 + 1.9 * n)
+    top, *below = figure.subplots(1 + n, sharex=True)
     style = dict(cmap="cividis", aspect="auto", interpolation="nearest")
     extent = (0, SECONDS, 0, mt2.N_MELS)  # s and mel bands
-    image = axes[0, 0].imshow(mel[0].T, origin="lower", extent=extent, vmin=mel.max() - 80, **style)
-    axes[0, 0].set(ylabel="mel band", title="log-mel spectrogram; lines: onsets by spectral flux")
-    figure.colorbar(image, ax=axes[0, 0], label="dB")
+    image = top.imshow(mel[0].T, origin="lower", extent=extent, vmin=mel.max() - 80, **style)
+    top.set(ylabel="mel band", title="log-mel spectrogram; white: onsets by spectral flux")
+    figure.colorbar(image, ax=top, label="dB")
     flux = of_spectrum("flux", model.front_end)(wave)["curve"][0, :, :, 0].cpu()  # [1, 126]
     for frame in (peaks(flux) & (flux > flux.mean() + flux.std())).nonzero()[:, 1].tolist():
-        axes[0, 0].axvline(frame * HOP_S, color="#E69F00", lw=1)
-    for ax, name in zip(axes[1:, 0], model.class_tokens):
+        top.axvline(frame * HOP_S, color="w", lw=1)
+    for ax, name in zip(below, model.class_tokens):
         maps, blocks = paid[name][:, 0].cpu().numpy(), len(model.blocks)  # [blocks, heads, frames]
         heads = (maps / maps.max(2, keepdims=True)).reshape(-1, maps.shape[2])  # a row each, of maximum 1
         image = ax.imshow(heads, vmin=0, vmax=1, extent=(0, SECONDS, blocks + 0.5, 0.5), **style)
         ax.set(title=f"attention of class token {name}", ylabel="block (heads)", yticks=range(1, blocks + 1))
+        ax.hlines(np.arange(1, blocks) + 0.5, 0, SECONDS, color="w", lw=2)  # between blocks
         figure.colorbar(image, ax=ax, label="of row maximum")
-    axes[-1, 0].set_xlabel("time (s)")
+    below[-1].set_xlabel("time (s)")
     return figure
 
 def circle_figure(model, waves):
     """y around the circle of fifths, time outwards, one value a second, of consecutive windows [n, 64000]."""
-    waves, middle = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE), mt2.MIDDLE  # one a second
+    waves = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE)  # one a second
     c_major, fifths = mt2.calibrate(model, waves.device), 7 * torch.arange(12) % 12
     angle = -(mt2.key_phase(model, waves)[0] * c_major.conj()).angle().cpu().numpy()  # 0: C major; clockwise
     bin_of_c = int(mt2.key_signature(c_major, torch.ones_like(c_major)))  # in y with the crop undone
     y = torch.cat([model.pitch(chunk)[0] for chunk in waves.split(64)]).cpu()
-    y = y[:, (fifths + bin_of_c - middle) % 12]  # [n, 12] around the circle
-    polar = dict(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
-    figure, ((ax,),) = canvas(1, 1, (7, 6), subplot_kw=polar)
+    y = y[:, (fifths + bin_of_c - mt2.MIDDLE) % 12]  # [n, 12] around the circle
+    figure = canvas(7, 6)
+    ax = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     time, turn = np.arange(len(y) + 1), math.pi / 6  # s, and the angle of a fifth
     y = y.repeat_interleave(9, 1).numpy()  # so that the cells look round
     image = ax.pcolormesh(np.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
@@ -709,7 +712,7 @@ def circle_figure(model, waves):
     ax.tick_params(axis="y", colors="w")
     names = [f"{PITCHES[t]}/{MINORS[(t + 9) % 12].lower()}" for t in fifths]
     ax.set(xticks=[turn * i for i in range(12)], xticklabels=names,
-           title="y (dots: its phase); outwards: start of the window (s)\n")
+           title="colour: y; dots: key signature; outwards: start of a 4 s window (s)\n")
     figure.colorbar(image, ax=ax, label="probability", shrink=0.7, pad=0.1)
     return figure
 
@@ -719,18 +722,19 @@ SEEDS = (0, 1, 2)  # of which training files a probe sees
 def measure(models, others, args, device):
     """Probe models [(name, seeds, model)], which may only now be trained, and other systems, beside their
     references; print and write results."""
-    out, asked, truth = Path(args.out), args.task.split(",") if args.task else [], defaultdict(list)
+    out, asked = Path(args.out), args.task.split(",") if args.task else []
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
         files, truth, parts = manifest(args.data, asked, args.seed)
-        frames = any(KINDS.get(name) in ("chord", "beat", "onset") for name in asked)  # 0.3 MB a window
+        frames = any(KINDS.get(name) in FRAME_TASKS for name in asked)  # 0.3 MB a window
         batches, total = read_files(files, frames), len(files)  # nothing is read yet
     else:
         names = "key", "key_signature", "instrument", "tags", "tempo", "chord", "beat", "onset"
-        wrong, asked, edges = sorted({*asked} - {*names}), asked or names, np.cumsum((0, *COUNTS))
+        wrong, asked = sorted({*asked} - {*names}), asked or names
         need(not wrong, f"--task {wrong[:1]}: generated music has {', '.join(names)}; for others give --data")
-        parts = dict.fromkeys(names, [torch.arange(a, b) for a, b in zip(edges, edges[1:])])
-        batches, total = generated(truth), sum(COUNTS) // CHUNK  # truth fills as the music is made
+        parts = dict.fromkeys(names, torch.arange(sum(COUNTS)).split(COUNTS))
+        truth = defaultdict(list)  # fills as the music is made
+        batches, total = generated(truth), sum(COUNTS) // CHUNK
     ready(out / "results.json")
     if models := list(models):
         torch.manual_seed(0)  # the untrained twin of the last model
@@ -741,13 +745,13 @@ def measure(models, others, args, device):
     systems |= {(name, SEEDS): of_spectrum(name, spectra) for name in ("log-mel", "chroma", "flux")}
     systems |= {(f"{name} attention", seeds[:1]): of_attention(net)
                 for name, seeds, net in models if net.class_tokens}
-    batches = tqdm(batches, "music", total, disable=None, leave=False)
-    found, owner, local, now = collect(systems, batches, device)
-    make = dict(chord=chord_task, beat=event_task, onset=event_task)
-    tasks = {name: make[KINDS[name]](name, truth[name], local, now) if KINDS.get(name) in make
-             else clip_task(name, truth[name], owner) for name in asked}
-    parts = {name: [p[torch.isin(p, task.owner)] for p in parts[name]] for name, task in tasks.items()}
-    for name, (train, _, test) in parts.items():
+    found, owner, now, kept = collect(systems, progress(batches, "music", total), device)
+    tasks = {}
+    for name in asked:
+        make = FRAME_TASKS.get(KINDS.get(name))
+        tasks[name] = (make(name, truth[name], owner[kept], now[kept]) if make
+                       else clip_task(name, truth[name], owner))
+        train, valid, test = parts[name] = [p[torch.isin(p, tasks[name].owner)] for p in parts[name]]
         need(len(train) > 1 and len(test), f"column '{name}': too few files of train or test could be read")
     results = study(found, tasks, parts, device, args.mix)
     # first to the disk, then to the screen: what took minutes must outlive a flaw in a table
@@ -757,9 +761,8 @@ def measure(models, others, args, device):
     if args.data:
         none_lost(len(owner.unique()), files)
 
-def command_table(args):
+def command_table(args, device):
     """Linear probes of runs or other encoders, beside their references."""
-    device = mt2.pick_device(args.device)
     need(args.run or args.encoder, "name a run folder, or another encoder with --encoder")
     for run in args.run:
         reserved = run in REFERENCES or run.endswith(" attention")
@@ -770,9 +773,9 @@ def command_table(args):
     args.out = args.out or next((run for run in args.run if Path(run).is_dir()), "runs/probe")
     measure(models, others, args, device)
 
-def command_ablation(args):
+def command_ablation(args, device):
     """Train contrastive, equivariant and MT2 for the same steps with several seeds, and probe them all."""
-    device, args.out = mt2.pick_device(args.device), args.out or "runs/ablation"
+    args.out = args.out or "runs/ablation"
     kinds = dict(contrastive=("con", "mel"), equivariant=("eq", "vqt"), MT2=("eq,con", "mel,vqt"))
     need(args.seeds > 0, f"--seeds {args.seeds}: at least 1")
 
@@ -784,66 +787,70 @@ def command_ablation(args):
                 yield name, (seed,), mt2.load(run, device)
     measure(trained(), {}, args, device)
 
-def command_embed(args):
+def command_embed(args, device):
     """Every readout [layers, windows, dim] of 4 s windows, and their names and times [windows], as an npz."""
-    device, out = mt2.pick_device(args.device), args.out or "features.npz"
+    out = args.out or "features.npz"
     system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}
     ready(out)
-    files = tqdm(args.file, "files", disable=None, leave=False)
-    found, owner, _, _ = collect(system, read_files(files, frames=False), device)
-    times = torch.cat([SECONDS * torch.arange(n) for n in owner.bincount()])  # s at which windows start
-    np.savez(buffer := io.BytesIO(), names=np.array(args.file)[owner.numpy()], times=times, **found["", ()])
+    files = read_files(progress(args.file, "files"), frames=False)
+    found, owner, now, _ = collect(system, files, device)
+    names = np.array(args.file)[owner.numpy()]
+    np.savez(buffer := io.BytesIO(), names=names, times=now[:, 0], **found["", ()])  # where windows start, s
     write(out, buffer.getvalue())
     none_lost(len(owner.unique()), args.file)
 
-def command_key(args):
-    """Key signatures of songs without labels: the phase of y at twelve crops, calibrated by generated music.
-    With --data the songs of a manifest, and how many agree with its column `key`."""
-    device, away, found = mt2.pick_device(args.device), [], 0
-    crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
+def command_key(args, device):
+    """Key signatures of songs, without labels; with --data, how many agree with its column `key`."""
     need(bool(args.file) != bool(args.data), "key: name sound files, or a manifest with --data")
     files, truth, _ = manifest(args.data, ["key"], for_probe=False) if args.data else (args.file, {}, None)
     need(files, f"{args.data}: no file has a key")
     model = mt2.load(args.run, device)
     need("eq" in model.class_tokens, f"{args.run}: has no equivariant token, so it cannot tell keys")
-    c_major = mt2.calibrate(model, device, crops)
+    crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
+    c_major, found, away, windows = mt2.calibrate(model, device, crops), 0, [], []
+    sheet = csv.writer(tqdm, lineterminator="")  # tqdm.write prints a line above the bar
     if args.csv:
-        print("file,major,minor,confidence")
-    for waves, owner, _, _ in read_files(tqdm(files, "files", disable=None, leave=False)):
+        sheet.writerow(("file", "major", "minor", "confidence"))
+    for waves, owner, _, _ in read_files(progress(files, "files")):
         i = int(owner[0])
         found, file = found + 1, str(files[i]).encode(errors="backslashreplace").decode()  # may be no text
         phasor = mt2.key_phase(model, waves.to(device), crops)  # [crops, windows]
         tonic = int(mt2.key_signature(phasor.mean(), c_major))
         sure = phasor.sgn().mean().abs().item()  # 1 if all windows and crops agree
         major, minor = KEYS[tonic], KEYS[12 + (tonic + 9) % 12]
-        csv.writer(line := io.StringIO(), lineterminator="").writerow((file, major, minor, f"{sure:.2f}"))
-        plain = f"{major + ' or ' + minor:20} confidence {sure:.2f}  {file}"
-        tqdm.write(line.getvalue() if args.csv else plain)
+        if args.csv:
+            sheet.writerow((file, major, minor, f"{sure:.2f}"))
+        else:
+            tqdm.write(f"{major + ' or ' + minor:20} confidence {sure:.2f}  {file}")
         if truth:
             label = truth["key"][i]
             signature = label + 3 * (label > 11)  # 12 + t is t minor, whose relative major is t + 3
             away.append(7 * (tonic - signature) % 12)  # in fifths
+            windows += (mt2.key_signature(phasor.mean(0), c_major) == signature % 12).tolist()
     if away:
         exact, fifth = (np.isin(away, near).mean() for near in ((0,), (0, 1, 11)))
-        print(f"{exact:.3f} right, {fifth:.3f} within a fifth, of {len(away)} files", file=sys.stderr)
+        print(f"{exact:.3f} right, {fifth:.3f} within a fifth, of {len(away)} files; "
+              f"{np.mean(windows):.3f} right of their 4 s windows", file=sys.stderr)
     none_lost(found, files)
 
-def command_figures(args):
+@torch.no_grad()
+def command_figures(args, device):
     """Of a sound file: ssm.png (its first 32 s), attention.png (4 s) and circle.png (a minute; needs eq)."""
-    device, out = mt2.pick_device(args.device), Path(args.out or "pictures")
-    open_sound(*args.file).close()
+    out = Path(args.out or "pictures")
+    open_sound(args.file).close()
     model = mt2.load(args.run, device)
     need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")
     ready(out / "ssm.png")  # only now: a wrong name leaves no folder behind
-    waves = cut(*args.file)[:15].to(device)
-    with torch.no_grad():
-        figures = dict(ssm=similarity_figure(model, waves[:8]), attention=attention_figure(model, waves[:1]))
-        figures |= dict(circle=circle_figure(model, waves)) if "eq" in model.class_tokens else {}
-        for name, figure in figures.items():
-            write(out / f"{name}.png", figure)
+    waves = cut(args.file)[:15].to(device)
+    write(out / "ssm.png", similarity_figure(model, waves[:8]))
+    write(out / "attention.png", attention_figure(model, waves[:1]))
+    if "eq" in model.class_tokens:
+        write(out / "circle.png", circle_figure(model, waves))
 
 FLAGS = {
-    "run": dict(help="run folder or model.pt"), "file": dict(nargs="+", help="sound files"),
+    "run": dict(help="run folder or model.pt"), "run*": dict(nargs="*", help="run folders or files model.pt"),
+    "file": dict(help="sound file"), "file*": dict(nargs="*", help="sound files"),
+    "file+": dict(nargs="+", help="sound files"),
     "--data": dict(help="manifest.csv with columns path, labels, perhaps split"),
     "--task": dict(help="columns of the manifest, or tasks on generated music; comma-separated"),
     "--encoder": dict(action="append", default=[], help="muq:DIR, mert:DIR, musicfm:DIR or module:callable"),
@@ -857,34 +864,26 @@ FLAGS = {
     "--csv": dict(action="store_true", help="print a CSV table"),
     "--device": dict(default="auto", help="auto, cpu or cuda")}
 COMMANDS = {
-    "table": (command_table, "run --encoder --data --task --mix --seed --out --download --trust-remote-code"),
-    "key": (command_key, "run file --data --csv"), "embed": (command_embed, "run file --out"),
+    "table": (command_table, "run* --encoder --download --trust-remote-code"
+                             " --data --task --mix --seed --out"),
+    "key": (command_key, "run file* --data --csv"), "embed": (command_embed, "run file+ --out"),
     "figures": (command_figures, "run file --out"),
     "ablation": (command_ablation, "--steps --seeds --data --task --mix --seed --out")}
-
-class Parser(argparse.ArgumentParser):
-    """A mistake on the command line gets one line."""
-    def error(self, message):
-        sys.exit(f"probe: {message}; see --help")
 
 def main(words=None):
     """Without a command's name in front: the table."""
     words = sys.argv[1:] if words is None else words
-    words = words if words and words[0] in (*COMMANDS, "-h", "--help") else ["table", *words]
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    # with "*" argparse reads no songs before a flag as none at all, and refuses those behind it
-    songs = "*" if any(word.startswith("--data") for word in words) else "+"
-    for name, (function, flags) in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        command.set_defaults(function=function)
-        for flag in (*flags.split(), "--device"):
-            many = {"table run": "*", "key file": songs, "figures file": 1}.get(f"{name} {flag}")
-            command.add_argument(flag, **FLAGS[flag] | ({"nargs": many} if many else {}))
-    args = parser.parse_args(words)
+    name, *words = words if words and words[0] in COMMANDS else ["table", *words]
+    function, flags = COMMANDS[name]
+    parser = argparse.ArgumentParser(f"probe.py {name}", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description=__doc__, epilog=f"{name}: {function.__doc__}")
+    parser.error = lambda message: sys.exit(f"probe: {message}; see --help")
+    for flag in (*flags.split(), "--device"):
+        parser.add_argument(flag.rstrip("*+"), **FLAGS[flag])
+    args = parser.parse_intermixed_args(words)  # songs may stand before flags, behind them or both
     warnings.filterwarnings("ignore", module="mir_eval")  # an empty estimate scores 0, and needs no comment
     try:
-        args.function(args)
+        function(args, mt2.pick_device(args.device))
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         sys.exit(f"probe: {(str(error) or type(error).__name__).splitlines()[0]}")
     except KeyboardInterrupt:

@@ -1810,7 +1810,8 @@ def test_a_dying_rank_ends_the_job_with_a_message(tmp_path):
 BAD = ["--steps 0", "--steps many", "--batch 1", "--size huge", "--tasks key", "--tasks con,eq",
        "--tasks=", "--inputs cqt", "--inputs mel --tasks eq", "--inputs wave --tasks con",
        "--encoder cnn", "--tasks banana,con --encoder tune", "--tasks content --encoder tune",
-       "--inputs cqt --encoder tune", "--generated 1", "--generated -0.1", "--expansion 5", "--device tpu", "--dim 100 --heads 3", "--heads 0", "--dim 0",
+       "--inputs cqt --encoder tune", "--generated 1", "--generated -0.1",
+       "--expansion 5", "--device tpu", "--dim 100 --heads 3", "--heads 0", "--dim 0",
        "--depth 0", "--depth 1000000",
        "--frames 127", "--fresh 0", "--fresh 4000", "--pool 3", "--temperature 0",
        "--temperature nan", "--lr -1", "--lr nan", "--lr inf", "--eq-weight nan", "--eq-weight -1",
@@ -2403,8 +2404,9 @@ def test_any_callable_is_an_encoder(small_run, short_probe, capsys, monkeypatch)
         ("key", "seq_avg", 0), ("key", "seq_avg", 1), ("chord", "seq", 0), ("chord", "seq", 1)}
 
 
-def test_an_encoder_that_forgets_the_frames_is_refused_by_name(short_probe, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flat", types.SimpleNamespace(f=lambda wave: [wave[:, :8]]))
+@pytest.mark.parametrize("f", [lambda x: [x[:, :8]], lambda x: [x[:, :64].unflatten(1, (8, 8)).squeeze(0)]])
+def test_an_encoder_that_forgets_frames_or_a_clip_alone_is_refused(f, short_probe, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flat", types.SimpleNamespace(f=f))
     said = probe_main(capsys, "--encoder", "flat:f", "--task", "key")
     assert said.startswith("probe: --encoder flat:f") and "[B, frames, dim]" in said
 
@@ -2485,14 +2487,15 @@ def test_muq_itself_runs_with_random_weights(tmp_path):
 
 def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monkeypatch):
     monkeypatch.setattr(mt2, "calibrate", lambda *_: torch.tensor(1 + 0j))
-    monkeypatch.setattr(mt2, "key_phase", lambda *_: torch.ones(5, 2, dtype=torch.cfloat))  # all is C major
+    phase = torch.polar(torch.tensor([1, 0.1]), torch.tensor([0, -math.pi / 6])).expand(5, 2)
+    monkeypatch.setattr(mt2, "key_phase", lambda *_: phase)  # a window of C major, a weak one of G major
     keys = ("C major", "A minor", "G major", "F# major")
     lines = "path,key", *(f"song{i}.wav,{key}" for i, key in enumerate(keys))
     (small_run / "keys.csv").write_text("\n".join(lines))
     probe.main(["key", str(small_run / "run"), "--data", str(small_run / "keys.csv"), "--csv"])
     said = capsys.readouterr()
-    assert said.out.count("C major,A minor,1.00") == 4
-    assert "0.500 right, 0.750 within a fifth, of 4 files" in said.err
+    assert said.out.count("C major,A minor,0.97") == 4
+    assert "0.500 right, 0.750 within a fifth, of 4 files; 0.375 right of their 4 s windows" in said.err
     (small_run / "keys.csv").write_text("path,key\nsong0.wav,G major")  # no probe, so one file is enough
     probe.main(["key", str(small_run / "run"), "--data", str(small_run / "keys.csv")])
     assert "0.000 right, 1.000 within a fifth, of 1 files" in capsys.readouterr().err
