@@ -648,7 +648,7 @@ def layers_figure(results):
             points = [(row["layer"], row["value"]) for row in mine if row["readout"] == r]
             if points:
                 style = dict(marker="osD^v"[systems.index(system) % 5], ms=4, lw=1.2, color=COLOURS[r])
-                style["ls"] = "--" if r == "seq_avg" else "-"  # it often lies on all_avg
+                style["ls"] = "--" if r == "all_avg" else "-"  # it often lies on seq_avg
                 handles[f"{system} {r}"], = ax.plot(*zip(*points), **style)
     ax = figure.add_subplot(height, width, 1 + len(tasks))
     ax.axis("off")
