@@ -109,7 +109,8 @@ class Config:
                 setattr(self, name, value)
         for name, known in (("tasks", ("eq", "con")), ("inputs", ("mel", "vqt"))):
             given = getattr(self, name)
-            given = tuple(given if isinstance(given, (tuple, list)) else str(given).split(","))  # flags are text
+            given = given if isinstance(given, (tuple, list)) else str(given).split(",")  # a flag is text
+            given = tuple(given)
             saved = self.encoder == "tune" and given == ("wave",)  # by such a run
             if given not in (known, known[:1], known[1:]) and not saved:
                 text = ",".join(map(str, given))
@@ -214,10 +215,15 @@ class VQT(nn.Module):
             self.register_buffer(f"kernel{len(self.hops)}", kernel, persistent=False)  # in no checkpoint
             self.hops.append(hop)
             self.margin = max(self.margin, half // hop + 1)
-        # torchaudio's resampler as a matrix, from 120 samples to 16 at a quarter of the rate, with those that
-        # feel the edges cut off (measured: the VQT takes .55 of the time)
-        quarter = torchaudio.functional.resample(torch.eye(120), 4, 1)[:, 7:-7].contiguous()
+        quarter = torchaudio.functional.resample(torch.eye(120), 4, 1)[:, 7:-7].contiguous()  # [120, 16]
         self.register_buffer("quarter", quarter, persistent=False)
+
+    def quarter_rate(self, wave):
+        """Wave [B, T] -> at a quarter of its rate, by torchaudio's resampler as a matrix (measured: a VQT takes
+        .55 of the time). Of the 30 samples that 120 turn into, 7 at either end feel the window's edge; 16 are
+        kept, for the 64 samples from the 28th on, and the next window starts 64 later."""
+        windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)  # [B, windows, 120], a view
+        return (windows @ self.quarter).flatten(1)
 
     def magnitude(self, wave):
         """Wave [B, T] -> linear magnitude [B, T // hop + 1, n_bins]; frames centred, zeros beyond."""
@@ -228,10 +234,8 @@ class VQT(nn.Module):
             kernel = self.get_buffer(f"kernel{i}")
             start = self.margin * hop - len(kernel) // 2  # of the first frame's window
             with torch.autocast(wave.device.type, enabled=False):  # in bf16 it would be off by up to 7 dB
-                while wave_hop > hop:  # a quarter of the rate, and of the hop
-                    # a window of 120 gives 16, and the next starts 64 later; 28: 4 x the 7 cut off in front
-                    windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)
-                    wave, wave_hop = (windows @ self.quarter).flatten(1), wave_hop // 4
+                while wave_hop > hop:
+                    wave, wave_hop = self.quarter_rate(wave), wave_hop // 4
                 windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
                 real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, n] each
             power = real.square() + imag.square()
@@ -400,15 +404,15 @@ class MT2(nn.Module):
         return self.head_eq(token).float().view(-1, 7, 12).mean(1)
 
     def center(self, logits, offset, training=False):
-        """Logits [B, 12] minus the mean logits of all clips at the same offset, over twice a clip's own root
-        mean square (ours). training: the mean of this batch, which also moves the running mean; else the
-        running mean, so that no clip depends on another.
+        """(logits [B, 12] - mean of all clips at the same offset) / (2 x their own root mean square); ours.
 
+        training: the mean is this batch's, which also moves the running mean; else it is the running mean, so
+        that no clip depends on another.
         Why a mean per offset: over many songs no key is preferred at any crop. Without it CPSD is solved by
         reading the offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead
-        of .90). Why twice: a soft y can point between two pitch classes, where a sharp one snaps to either
-        (measured: real windows .70 exact instead of .63). Why its own: divided by the batch's, long runs give
-        up hard clips to be surer of easy ones (measured: .88 exact instead of .98)."""
+        of .90). Why 2: a soft y can point between two pitch classes, where a sharp one snaps to either
+        (measured: real windows .70 exact instead of .63). Why their own: divided by the batch's, long runs
+        give up hard clips to be surer of easy ones (measured: .88 exact instead of .98)."""
         mean = self.offset_mean
         if training:
             same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
@@ -553,12 +557,12 @@ class NTXent(torch.autograd.Function):
         scale = torch.where(norm <= 1e-12, 0, 1 / norm)  # 0-rows stay 0 and get no gradient; NaN stays NaN
         z = x * scale
         n, sums, columns = len(z), z.new_zeros(len(z)), gather(z)  # columns [N, P]
-        ctx.temperature, ctx.block, ctx.whole = temperature, block, len(columns) == n
+        ctx.temperature, ctx.block, ctx.symmetric = temperature, block, len(columns) == n
         ctx.kept = {} if n * len(columns) <= NTXent.KEEP else None
         for i in range(0, n, block):
             e = NTXent.strip(ctx, z, columns, i)
             sums[i:i + block] += e.sum(1)
-            if ctx.whole:  # the strip, mirrored, holds the columns of later rows
+            if ctx.symmetric:  # the strip, mirrored, holds the columns of later rows
                 sums[i + block:] += e[:, block:].sum(0)
             if ctx.kept is not None:
                 ctx.kept[i] = e
@@ -572,9 +576,9 @@ class NTXent(torch.autograd.Function):
         """exp((s - 1) / t) of rows i to i + block: all columns, or from i on where the matrix is symmetric.
 
         Cosines s are at most 1, so that exp never overflows and no row maximum is needed."""
-        t, first = ctx.temperature, i if ctx.whole else 0
+        t, first = ctx.temperature, i if ctx.symmetric else 0
         e = torch.addmm(z.new_full((), -1 / t), z[i:i + ctx.block], columns[first:].T, alpha=1 / t).exp_()
-        own = 0 if ctx.whole else i + dist.get_rank() * len(z)  # where row i meets itself
+        own = 0 if ctx.symmetric else i + dist.get_rank() * len(z)  # the column of row i itself
         e.diagonal(own).zero_()  # no clip is its own negative
         return e
 
@@ -587,10 +591,10 @@ class NTXent(torch.autograd.Function):
         dz = -2 * z.roll(n // 2, 0)  # -(Y + Y^T) z
         for i in range(0, n, block):
             e = NTXent.strip(ctx, z, columns, i) if ctx.kept is None else ctx.kept[i]
-            first = i if ctx.whole else 0
+            first = i if ctx.symmetric else 0
             g = (inverse[i:i + block, None] + all_inverse[first:]).mul_(e)  # P + P^T, as e is symmetric
             dz[i:i + block].addmm_(g, columns[first:])
-            if ctx.whole:
+            if ctx.symmetric:
                 dz[i + block:].addmm_(g[:, block:].T, z[i:i + block])
         dz -= z * (z * dz).sum(1, keepdim=True)  # through z = x / |x|: nothing along z is left
         # over the own n rows, not all N: gradients of processes are averaged, not summed
@@ -1255,8 +1259,8 @@ def own_process_group(worker):
         os.setpgrp()
 
 
-def music_stream(c, rank, device, chunk, last):
-    """-> the run's Stream, and an iterator over its chunks `chunk` to `last`, made by workers."""
+def music_stream(c, rank, device, first, end):
+    """-> the run's Stream, and an iterator over its chunks from `first` to before `end`, made by workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     # a GPU needs one core; more than 12 workers could fill the 64 MB that a container shares (unmeasured)
@@ -1266,7 +1270,7 @@ def music_stream(c, rank, device, chunk, last):
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
         keep_memory()
     stream = Stream(c, rank)
-    return stream, iter(DataLoader(stream, batch_size=None, sampler=range(chunk, last), num_workers=workers,
+    return stream, iter(DataLoader(stream, batch_size=None, sampler=range(first, end), num_workers=workers,
                                    worker_init_fn=own_process_group))
 
 
@@ -1347,11 +1351,12 @@ def run(config, signals):
             what = f"{out}/state.pt: does not fit its own config ({brief(error)}); name another folder"
             set_aside(out / "state.pt", what)
 
-    # music: chunks of `fresh` tracks go round a ring, the pool; step s needs all chunks before s + ahead
-    slots = math.ceil(c.pool / c.fresh)                   # chunks that the ring holds
+    # music: chunks of `fresh` tracks go round a ring, the pool. In step s it holds the last `slots` chunks of
+    # those before s + ahead, so that a resumed run begins with the oldest of them
+    slots = math.ceil(c.pool / c.fresh)
     ahead = min(slots, math.ceil(2 * c.batch / c.fresh))  # two batches lie there before the first step
-    chunk = max(0, done + ahead - slots)  # the next to come; a resumed run fills its ring with the same music
-    stream, chunks = music_stream(c, rank, device, chunk, c.steps - 1 + ahead)
+    next_chunk = max(0, done + ahead - slots)
+    stream, chunks = music_stream(c, rank, device, next_chunk, c.steps - 1 + ahead)
     pool, skipped = None, {}
 
     if rank == 0:
@@ -1377,18 +1382,18 @@ def run(config, signals):
     say = bar.write if rank == 0 else lambda text: None
     for step in range(done, c.steps):
         # fresh tracks into the pool, a batch out of it
-        while chunk < step + ahead:
+        while next_chunk < step + ahead:
             fresh, found = next(chunks)
             pool = pool or [torch.zeros(slots, *x.shape, dtype=x.dtype, device=device) for x in fresh]
             for ring, x in zip(pool, fresh):
-                ring[chunk % slots] = x.to(device, non_blocking=True)
+                ring[next_chunk % slots] = x.to(device, non_blocking=True)
             for file, why in found.items():
                 if file not in skipped and len(skipped) < 3:
                     say(f"skipped {file} ({why})")
                 skipped[file] = why
-            chunk += 1
+            next_chunk += 1
         g = stream.generator(step)
-        filled = min(chunk, slots) * c.fresh  # tracks in the pool
+        filled = min(next_chunk, slots) * c.fresh  # tracks in the pool
         pick = torch.randperm(filled, generator=g)[:c.batch].to(device, non_blocking=True)  # no repeats
         statistics = [b.clone() for b in model.buffers()]  # to undo a bad step
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g, encode)

@@ -480,7 +480,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
             known, asked = (set().union(*(sets[i] for i in part)) for part in (train, test))
             new = sorted(asked - known) if kind == "tags" else []
             need(len(known) > 1, f"{path}: column '{task}' has one class only in train; a probe needs two")
-            need(not new, f"{path}, column '{task}': {new[:1]} is in test, not train; drop it or split anew")
+            need(not new, f"{path}, column '{task}': {new[:1]} in test, not in train; drop it or split anew")
     return files, truth, parts
 
 # ---- The study: every system, task, readout and layer
