@@ -219,9 +219,9 @@ class VQT(nn.Module):
         self.register_buffer("quarter", quarter, persistent=False)
 
     def quarter_rate(self, wave):
-        """Wave [B, T] -> at a quarter of its rate, by torchaudio's resampler as a matrix (measured: a VQT in .55
-        of the time). Of the 30 samples that 120 turn into, 7 at either end feel the window's edge; 16 are
-        kept, for the 64 samples from the 28th on, and the next window starts 64 later."""
+        """Wave [B, T] -> at a quarter of its rate, by torchaudio's resampler as a matrix (measured: the VQT
+        takes .55 of the time). Of the 30 samples that 120 turn into, 7 at either end feel the window's edge;
+        16 are kept, for the 64 samples from the 28th on, and the next window starts 64 later."""
         windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)  # [B, windows, 120], a view
         return (windows @ self.quarter).flatten(1)
 
