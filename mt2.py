@@ -6,7 +6,7 @@ the music sounds like (NT-Xent: two segments of one track must agree). Nobody ev
 
 The demo takes about six minutes on two CPU cores; it then names the key signature of .92 of 138 real
 pieces on which nothing was chosen, and misses nearly all others by a fifth (`python probe.py key`; mean of
-three seeds, torch 2.11, November 2026).
+eight seeds, torch 2.11, November 2026).
 
     python mt2.py                             # train the demo on generated music, then say what was learned
     python mt2.py --data my_music/            # two fifths of the run as above, then half of it your music
