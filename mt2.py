@@ -57,11 +57,9 @@ SIZES = {  # demo: minutes on two laptop cores, ours; paper: ViT-Tiny, 5.5 M par
     "demo": dict(dim=96, depth=3, heads=3, lr=2e-3, frames=14, con_frames=3),
     "paper": dict(dim=192, depth=12, heads=3, lr=1e-3, frames=126, con_frames=126)}
 
-
 def knob(default, text, least=None, most=1e9):
     """A Config field with its help text and, of a number, its limits."""
     return dataclasses.field(default=default, metadata={"help": text, "limits": (least, most)})
-
 
 @dataclasses.dataclass
 class Config:
@@ -141,18 +139,15 @@ class Config:
         if self.dim % self.heads:
             raise ValueError(f"--dim {self.dim} cannot be divided among --heads {self.heads}")
 
-
 # ---- Many processes: without torchrun there is one, and nothing is sent ----------------------------------
 
 def world_size():
     """Processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def all_sum(x):
     """Sum over all processes; backward sums their gradients."""
     return x if world_size() == 1 else dist_nn.all_reduce(x)
-
 
 def gather(x):
     """[n, ...] of each process -> [world_size n, ...], without gradient."""
@@ -162,14 +157,12 @@ def gather(x):
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
-
 def average(tensors):
     """Average each tensor over all processes, in place, in one reduction."""
     flat = torch.cat([x.flatten() for x in tensors])
     dist.all_reduce(flat)
     for x, mean in zip(tensors, (flat / world_size()).split([x.numel() for x in tensors])):
         x.copy_(mean.view_as(x))
-
 
 # ---- Wave -> spectrogram --------------------------------------------------------------------------------
 
@@ -179,7 +172,6 @@ def unit_range(db, floor=80.0):
     A clip never depends on the others of its batch; silence becomes 0."""
     loudest = db.amax((1, 2), keepdim=True).clamp_min(-floor)  # [B, 1, 1]; all below -80 dB is silence
     return ((db - loudest) / floor + 1).clamp(0, 1)
-
 
 class VQT(nn.Module):
     """Variable-Q transform as a few matrix products.
@@ -250,7 +242,6 @@ class VQT(nn.Module):
         """Wave [B, T] -> log-magnitude [B, F, n_bins] in [0, 1]."""
         return unit_range(self.decibels(wave))
 
-
 class FrontEnd(nn.Module):
     """Both spectrograms of a wave in dB, before all that depends on the view (equaliser, scaling, crop)."""
 
@@ -271,7 +262,6 @@ class FrontEnd(nn.Module):
             power = power / 256 ** 2  # 256: half of the Hann window's sum
             return 10 * power.clamp_min(1e-16).log10(), self.vqt.decibels(wave)
 
-
 def random_equaliser(n, std_db, generator):
     """Random smooth frequency responses, one per view -> dB for the VQT bins [n, 1, 99] (ours).
 
@@ -283,12 +273,10 @@ def random_equaliser(n, std_db, generator):
     curve = torch.randn(n, 9, generator=generator) + torch.randn(n, 1, generator=generator) * tilt
     return std_db * (curve @ hat)[:, None]
 
-
 def crop(vqt, offset):
     """VQT [B, F, 99], offset [B] in 0..15 -> [B, F, 84]. One more offset looks one semitone lower."""
     bins = offset[:, None] + torch.arange(N_CROP, device=vqt.device)  # [B, 84]
     return vqt.gather(2, bins[:, None].expand(-1, vqt.shape[1], -1))
-
 
 # ---- Spectrogram -> patches -> transformer -> class tokens ----------------------------------------------
 
@@ -322,13 +310,11 @@ class Block(nn.Module):
         x = x + self.out(mixed.transpose(1, 2).flatten(2))  # heads side by side again
         return x + self.mlp(self.norm2(x))
 
-
 class Output(NamedTuple):
     """What MT2 says of a batch; y or z is None where the model lacks the task."""
     y: torch.Tensor       # [B, 12] probabilities of pitch classes, from the equivariant token
     z: torch.Tensor       # [B, P] contrastive embedding
     tokens: torch.Tensor  # [B, n_cls + F, D] last layer, class tokens first
-
 
 class MT2(nn.Module):
     """One ViT over spectrogram frames, with a class token per task.
@@ -475,7 +461,6 @@ class MT2(nn.Module):
         z = self.head_con(cls["con"]) if "con" in cls else None
         return Output(y, z, tokens)
 
-
 class TUNe(nn.Module):
     """Tailed U-Net on the waveform (Vélez Vásquez & Burgoyne, ISMIR 2022); expansion 0: CLMR's SampleCNN.
 
@@ -533,11 +518,9 @@ class TUNe(nn.Module):
 
     encode = forward  # what `losses` asks a model for
 
-
 def build(config):
     """The encoder that a config describes, with fresh weights."""
     return TUNe(config) if config.encoder == "tune" else MT2(config)
-
 
 # ---- Losses ---------------------------------------------------------------------------------------------
 
@@ -600,7 +583,6 @@ class NTXent(torch.autograd.Function):
         # over the own n rows, not all N: gradients of processes are averaged, not summed
         return dz.mul_(scale * (grad / (n * ctx.temperature))), None, None
 
-
 def nt_xent(a, b, temperature=0.1):
     """NT-Xent (SimCLR): a, b [B, P] of any scale, row i of both from one track -> scalar.
 
@@ -619,13 +601,11 @@ def nt_xent(a, b, temperature=0.1):
         block = max(64, 2 ** (25 if z.is_cuda else 19) // len(z))
         return NTXent.apply(z, temperature, block).to(kind)
 
-
 def dft(y, omega=7):
     """DFT of y [..., 12] at one frequency -> [..., 2] (re, im). omega 7: circle of fifths, 1: semitones."""
     angle = 2 * math.pi * omega / 12 * torch.arange(12, device=y.device, dtype=y.dtype)
     with torch.autocast(y.device.type, enabled=False):
         return y @ torch.stack([angle.cos(), -angle.sin()], dim=-1)
-
 
 def cpsd(y_a, y_b, k, omega=7):
     """Cross-power spectral density: mean of D_k = |exp(2 pi i omega k / 12) - yhat_a conj(yhat_b)|^2.
@@ -640,7 +620,6 @@ def cpsd(y_a, y_b, k, omega=7):
     angle = 2 * math.pi * omega / 12 * k.to(y.dtype)
     re, im = a_re * b_re + a_im * b_im, a_im * b_re - a_re * b_im  # yhat_a conj(yhat_b)
     return ((angle.cos() - re).square() + (angle.sin() - im).square()).mean()
-
 
 # ---- Data: generated music (ours throughout) ------------------------------------------------------------
 
@@ -676,11 +655,9 @@ BEATS, TICKS = 14, 4     # room for a segment's beats (4 s at 180 a minute: 12);
 CYCLES, TABLE = 8, 8192  # a wavetable holds eight periods, so that partials may lie between harmonics
 RELEASE = 640            # samples in which a note dies away: 40 ms
 
-
 def place(pitch_class, low):
     """The lowest MIDI pitch of a pitch class that is at least `low`."""
     return low + (pitch_class - low) % 12
-
 
 class SyntheticMusic:
     """Music from (seed, step) alone: functional harmony, a melody, chords, a bass, perhaps drums.
@@ -855,13 +832,11 @@ class SyntheticMusic:
         chord = [24 if t.texture == "solo" or frame < first else names[b] for frame, b in enumerate(beat)]
         return wave, chord, heard(range(0, end, TICKS), BEATS), heard(sorted(begins), BEATS * TICKS)
 
-
 # ---- Data: a folder of music ----------------------------------------------------------------------------
 
 def brief(error):
     """The start of an error's message, on one line."""
     return " ".join(str(error).split())[:80] or type(error).__name__
-
 
 class AudioFolder(Dataset):
     """Two random segments [2, samples] of each track (file) below `root`: wav, flac, ogg, mp3, any rate.
@@ -941,7 +916,6 @@ class AudioFolder(Dataset):
         missing = round(self.seconds * SAMPLE_RATE) - waves.shape[1]  # a few, or below 0: F.pad then cuts
         return F.pad(waves, (0, missing)).clamp(-1, 1)
 
-
 class Stream(Dataset):
     """Chunk i of a run's music, `fresh` tracks, as what the encoder eats, in half precision: mel
     [n, 2, 126, 128] and VQT [n, 2, 126, 99] in dB, or waves [n, 2, 64000]; and {file: reason} of bad files.
@@ -976,7 +950,6 @@ class Stream(Dataset):
         skipped = self.folder.skipped if self.folder else {}
         return [x.half().unflatten(0, (-1, 2)) for x in features], skipped
 
-
 # ---- What y says without labels, and whether it is key: the shortcut monitor ----------------------------
 
 def pitch_fork():
@@ -990,11 +963,9 @@ def pitch_fork():
                 wave += gate * (2 * math.pi * h * 440 * 2 ** ((note - 69) / 12) * t).sin() / h ** 1.5
     return (wave / wave.abs().max())[None]
 
-
 def transpose_down(semitones):
     """The factor that turns y's DFT as if the music sounded so many semitones lower."""
     return torch.exp(2j * math.pi * 7 / 12 * semitones)
-
 
 @torch.no_grad()
 def key_phase(model, waves, offsets=(MIDDLE,)):
@@ -1004,13 +975,11 @@ def key_phase(model, waves, offsets=(MIDDLE,)):
     undo = transpose_down(-torch.tensor(offsets))  # a crop at offset c looks c semitones lower
     return torch.view_as_complex(dft(y).contiguous()) * undo[:, None]
 
-
 @lru_cache
 def calibration_music():
     """Generated tracks [64, 2, samples] of a seed that is never trained on, and their key signatures [64]."""
     waves, labels = SyntheticMusic(998).batch(64, 0)
     return waves, labels["key_signature"]
-
 
 def calibrate(model, device="cpu", offsets=(MIDDLE,)):
     """The unit phasor that stands for C major and A minor: the one rotation of y that CPSD leaves free.
@@ -1021,15 +990,12 @@ def calibrate(model, device="cpu", offsets=(MIDDLE,)):
     to_c = transpose_down(signature.repeat_interleave(2))  # of 128 clips
     return (key_phase(model, waves.flatten(0, 1).to(device), offsets).sgn() * to_c).mean().sgn()
 
-
 def key_signature(phasor, c_major):
     """Complex phasors -> pitch class 0..11 of the relative major's tonic; 0 (C) along c_major."""
     fifths = torch.angle(phasor * c_major.conj()) * (-12 / (2 * math.pi))
     return (7 * fifths.round().long()) % 12  # so many fifths above C, each of seven semitones
 
-
 MONITOR = ("agree", "equivariance", "fork", "follows_key", "follows_offset", "exact", "fifth")
-
 
 @torch.no_grad()
 def monitor(model, waves, truth=None):
@@ -1054,7 +1020,6 @@ def monitor(model, waves, truth=None):
                        follows_key=(a * transpose_down(truth)).mean().abs())
     return {name: float(result.get(name, math.nan)) for name in MONITOR}
 
-
 def verdict(m):
     """What the figures of `monitor` say, in words."""
     if not (m["follows_offset"] < 0.3 and m["fork"] > 0.5 and m["equivariance"] > 0.5):  # NaN fails as well
@@ -1066,14 +1031,12 @@ def verdict(m):
         return words
     return f"{words}; label-free key signature {m['exact']:.2f}, {m['fifth']:.2f} within a fifth"
 
-
 # ---- The loop -------------------------------------------------------------------------------------------
 
 def learning_rate(step, config):
     """Linear warm-up, then a cosine down to 5 % of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.lr * min(1, (step + 1) / config.warmup) * (0.05 + 0.95 * cosine)
-
 
 def autocast(device):
     """bf16 where the device multiplies it in hardware (on CPU 1.1 to 2 times as fast), else float32."""
@@ -1083,7 +1046,6 @@ def autocast(device):
         cpu = torch.cpu.get_capabilities()
         fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
 
 def losses(model, batch, g, encode=None):
     """The views of one step and their losses: batch as Stream gives it, each [B, 2, ...] -> {name: scalar}.
@@ -1130,7 +1092,6 @@ def losses(model, batch, g, encode=None):
                          + cpsd(y_b, y_shift, c_b - c_shift))
     return terms
 
-
 def save(path, content):
     """torch.save that leaves the old file or the new one, whenever the process or the machine dies."""
     temporary = path.with_suffix(".tmp")
@@ -1143,7 +1104,6 @@ def save(path, content):
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot save ({brief(error)}); the save before it is untouched") from None
-
 
 def read_checkpoint(path, *needed):
     """-> content and its model. Plain data and tensors only (weights_only): nothing in a file can run."""
@@ -1161,14 +1121,12 @@ def read_checkpoint(path, *needed):
         what = f"cut, foreign or not a checkpoint of mt2 ({brief(error)})"
         raise ValueError(f"{path}: {what}; name another folder") from None
 
-
 def set_aside(path, error):
     """Rename a file that cannot be used, so that no later save replaces it; raises the ValueError to show."""
     aside = path.with_name(f"broken-{int(time.time())}-{path.name}")
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         os.rename(path, aside)
     raise ValueError(f"{error}; set aside as {aside.name}") from None
-
 
 def load(path, device="cpu"):
     """Run folder or model.pt -> model in eval mode. FileNotFoundError and ValueError say what is wrong."""
@@ -1178,7 +1136,6 @@ def load(path, device="cpu"):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train: python mt2.py --out {path.parent}")
     return read_checkpoint(path)[1].to(device).eval()
-
 
 def resume(config, out):
     """-> the state that `out` holds of this very run, None for a new one; refuses anything else."""
@@ -1203,7 +1160,6 @@ def resume(config, out):
             what = f"{name} = {other}, not {mine}"
             raise ValueError(f"--out {out}: holds a run with {what}; name another folder")
     return state
-
 
 def open_log(path, columns, last_step):
     """A CSV to append to, cut off after the rows up to last_step: never a gap, a repeat or half a line.
@@ -1233,7 +1189,6 @@ def open_log(path, columns, last_step):
     file.truncate(end)
     return file
 
-
 def pick_device(name):
     """auto: cuda (each process its own), or else cpu. Apple's mps is not among them: what torch 2.11 computes
     there can be wrong without a word (pytorch issues 177116, 180201), and it could not be tried here."""
@@ -1243,7 +1198,6 @@ def pick_device(name):
         raise ValueError(f"--device {name}: mt2 can use {' or '.join(there)} here")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
-
 def keep_memory():
     """Let the C library keep what is freed: by default large tensors go back to the system and are fetched
     anew, page by page, in every step (measured: a demo step takes .86 of the time, one of paper size .89)."""
@@ -1252,12 +1206,10 @@ def keep_memory():
         mallopt(-4, 0)            # M_MMAP_MAX: take no memory from outside the heap
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give none of it back
 
-
 def own_process_group(worker):
     """A worker in a process group of its own, so that a signal to the run's group does not kill it."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-
 
 def music_stream(c, rank, device, first, end):
     """-> the run's Stream, and an iterator over its chunks from `first` to before `end`, made by workers."""
@@ -1272,7 +1224,6 @@ def music_stream(c, rank, device, first, end):
     stream = Stream(c, rank)
     return stream, iter(DataLoader(stream, batch_size=None, sampler=range(first, end), num_workers=workers,
                                    worker_init_fn=own_process_group))
-
 
 def train(config):
     """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.
@@ -1293,7 +1244,6 @@ def train(config):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
 
 def run(config, signals):
     """The loop behind `train`; `signals` fills with those that ask it to stop."""
@@ -1457,7 +1407,6 @@ def run(config, signals):
         raise FloatingPointError(f"{out}: the last update is not finite; the save before stands; lower --lr")
     return out
 
-
 # ---- The command line -----------------------------------------------------------------------------------
 
 def main():
@@ -1485,7 +1434,6 @@ def main():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()
