@@ -1986,10 +1986,10 @@ def test_a_probe_neither_trains_nor_chooses_on_test_files_nor_trains_on_what_it_
 
 
 def test_the_probe_of_a_mixture_has_a_decay_of_one_hundredth():
-    x, y = torch.tensor([[[1.0], [-1.0]]]), torch.eye(2)  # no noise: without decay the weights would never end
+    x, y = torch.tensor([[[1.0], [-1.0]]]), torch.eye(2)  # no noise: without decay weights never end
     (a, b), = probe.fit_mixture(x, y, False)[1].tolist()
     assert a == pytest.approx(-b, rel=1e-3)
-    assert 0.01 * a == pytest.approx(1 / (1 + math.exp(2 * a)), rel=0.01)  # decay and data pull alike
+    assert 0.01 * a == pytest.approx(1 / (1 + math.exp(2 * a)), rel=0.01)
 
 
 def test_readouts_are_what_their_names_say():
@@ -2504,7 +2504,8 @@ def test_an_empty_cell_is_no_label_and_a_label_may_lie_half_a_second_behind_the_
     (tmp_path / "m.csv").write_text("\n".join([f"path,{','.join(columns)}", *rows]))
     for late in (1.4, 1.6):
         (tmp_path / "late.txt").write_text(str(late))
-        with pytest.raises(ValueError, match="sound ends at 1.00 s") if late > 1.5 else contextlib.nullcontext():
+        refused = pytest.raises(ValueError, match="sound ends at 1.00 s")
+        with refused if late > 1.5 else contextlib.nullcontext():
             _, truth, _ = probe.manifest(tmp_path / "m.csv", list(columns), for_probe=False)
     for j, (name, labels) in enumerate(truth.items()):
         assert [v is not None for v in labels] == [i in (0, j + 1) for i in range(6)], name
@@ -2517,7 +2518,8 @@ def test_the_table_prefers_a_layer_with_a_validation_loss_and_names_no_last_of_o
                  row | dict(encoder="a", layer=2, value=0.3, valid_loss=3.0),
                  row | dict(encoder="b", layer=0, value=0.4, valid_loss=None)])
     assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
-        ["a", "eq", "0.200±0.000", "L1"], ["a", "eq", "last", "0.300±0.000", "L2"], ["b", "eq", "0.400±0.000"]]
+        ["a", "eq", "0.200±0.000", "L1"], ["a", "eq", "last", "0.300±0.000", "L2"],
+        ["b", "eq", "0.400±0.000"]]
 
 
 def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monkeypatch):
