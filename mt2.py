@@ -1001,10 +1001,13 @@ MONITOR = ("agree", "equivariance", "fork", "follows_key", "follows_offset", "ex
 def monitor(model, waves, truth=None):
     """Has y learned key? Waves [n, 2, 64000], key signatures [n] if known -> {name: <= 1, NaN if unknown}.
 
-    agree: phases of A and B. equivariance: phases of A over crops 2, 5, 8, 11, 14 (a right angle apart),
-    rotated back; fork: the same of the pitch fork. Near 1 only if y rotates with the crop. follows_key,
-    follows_offset: how well the phase follows the true key signature, and the crop alone (the shortcut).
-    exact, fifth: label-free key signature of tracks (both segments), and within a fifth."""
+    agree           phases of A and B
+    equivariance    phases of A over crops 2, 5, 8, 11, 14 (a right angle apart), rotated back: near 1 only if
+                    y rotates with the crop
+    fork            the same of the pitch fork
+    follows_key     how well the phase follows the true key signature
+    follows_offset  how well it follows the crop alone: the shortcut
+    exact, fifth    label-free key signatures of tracks (both segments): right, within a fifth"""
     crops = (2, 5, MIDDLE, 11, 14)
     fork = key_phase(model, pitch_fork().to(waves), crops)[:, 0].sgn()  # [5] unit phasors
     a, b = key_phase(model, waves[:, 0], crops).sgn(), key_phase(model, waves[:, 1])[0].sgn()  # [5, n], [n]

@@ -83,6 +83,7 @@ def attention(model, wave):
         return block.attention(*block.project(x)[:2])[..., n:]  # [B, heads, N, frames]
     # [passes, blocks, B, heads, N, frames]
     maps = torch.stack([torch.stack([*map(look, model.blocks, layers)]) for layers in passes])
+    # eq reads the first pass, without mel, con the last, as in MT2.layers
     paid = {name: maps[0 if name == "eq" else -1, ..., i, :] for i, name in enumerate(model.class_tokens)}
     return paid | {"seq": maps.mean(0)[..., n:, :].mean(3)}
 
@@ -516,6 +517,7 @@ def evaluate(x, task, part, device, mix=False):
         held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]
         return [task.score(p, test, valid) for p in x.float()], held, None
     frames = task.y.ndim == 3  # a frame task's targets are [windows, frames, C]
+    # windows, or all their frames, become rows: y [rows, C], flat [G, rows, D], the file of each row
     y, flat = (task.y if frames else task.y[task.owner]).flatten(0, -2), x.flatten(1, -2)
     owner, data = task.owner.repeat_interleave(len(y) // len(task.owner)), []
     for files, least in ((train, 2), (valid, 1)):
@@ -699,7 +701,8 @@ def circle_figure(model, waves):
     waves = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE)  # one a second
     c_major, fifths = mt2.calibrate(model, waves.device), 7 * torch.arange(12) % 12
     angle = -(mt2.key_phase(model, waves)[0] * c_major.conj()).angle().cpu().numpy()  # 0: C major; clockwise
-    bin_of_c = int(mt2.key_signature(c_major, torch.ones_like(c_major)))  # in y with the crop undone
+    # y's bin of C: a one-hot y there has the phase of C major; a crop at MIDDLE has moved it down by MIDDLE
+    bin_of_c = int(mt2.key_signature(c_major, torch.ones_like(c_major)))
     y = torch.cat([model.pitch(chunk)[0] for chunk in waves.split(64)]).cpu()
     y = y[:, (fifths + bin_of_c - mt2.MIDDLE) % 12]  # [n, 12] around the circle
     figure = canvas(7, 6)
