@@ -850,7 +850,7 @@ def command_figures(args, device):
     if "eq" in model.class_tokens:
         write(out / "circle.png", circle_figure(model, waves))
 
-FLAGS = {
+FLAGS = {  # * and +: so many of them; not part of the name
     "run": dict(help="run folder or model.pt"), "run*": dict(nargs="*", help="run folders or files model.pt"),
     "file": dict(help="sound file"), "file*": dict(nargs="*", help="sound files"),
     "file+": dict(nargs="+", help="sound files"),

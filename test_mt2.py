@@ -2202,12 +2202,14 @@ def test_generated_clips_have_their_labels_and_no_part_shares_one_with_another_o
                 assert truth[name][n].tolist() == times[times.isfinite()].tolist()
 
 
-def test_the_table_takes_the_layer_of_the_lowest_validation_loss_not_of_the_best_test_score(capsys):
-    row = dict(encoder="run", task="key", readout="con", metric="accuracy", std=0.0)
-    probe.table([row | dict(layer=i, value=v, valid_loss=loss)
-                 for i, (v, loss) in enumerate(((0.9, 2.0), (0.5, 1.0), (0.4, 3.0)))])
-    said = capsys.readouterr().out
-    assert "0.500±0.000 L1" in said and "0.400±0.000 L2" in said and "0.900" not in said
+def test_the_table_takes_the_layer_of_the_lowest_validation_loss_and_names_no_last_of_one(capsys):
+    row = dict(task="key", readout="eq", metric="accuracy", std=0.0)
+    layers = [(0.9, 2.0), (0.5, 1.0), (0.8, None), (0.4, 3.0)]  # test score, validation loss
+    rows = [row | dict(encoder="a", layer=i, value=v, valid_loss=loss) for i, (v, loss) in enumerate(layers)]
+    probe.table(rows + [row | dict(encoder="b", layer=0, value=0.4, valid_loss=None)])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["a", "eq", "0.500±0.000", "L1"], ["a", "eq", "last", "0.400±0.000", "L3"],
+        ["b", "eq", "0.400±0.000"]]
 
 
 def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, capsys):
@@ -2509,17 +2511,6 @@ def test_an_empty_cell_is_no_label_and_a_label_may_lie_half_a_second_behind_the_
             _, truth, _ = probe.manifest(tmp_path / "m.csv", list(columns), for_probe=False)
     for j, (name, labels) in enumerate(truth.items()):
         assert [v is not None for v in labels] == [i in (0, j + 1) for i in range(6)], name
-
-
-def test_the_table_prefers_a_layer_with_a_validation_loss_and_names_no_last_of_one(capsys):
-    row = dict(task="key", readout="eq", metric="accuracy", std=0.0)
-    probe.table([row | dict(encoder="a", layer=0, value=0.1, valid_loss=None),
-                 row | dict(encoder="a", layer=1, value=0.2, valid_loss=2.0),
-                 row | dict(encoder="a", layer=2, value=0.3, valid_loss=3.0),
-                 row | dict(encoder="b", layer=0, value=0.4, valid_loss=None)])
-    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
-        ["a", "eq", "0.200±0.000", "L1"], ["a", "eq", "last", "0.300±0.000", "L2"],
-        ["b", "eq", "0.400±0.000"]]
 
 
 def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monkeypatch):
