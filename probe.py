@@ -699,12 +699,12 @@ def attention_figure(model, wave):
 def circle_figure(model, waves):
     """y around the circle of fifths, time outwards, one value a second, of consecutive windows [n, 64000]."""
     waves = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE)  # one a second
-    c_major, fifths = mt2.calibrate(model, waves.device), 7 * torch.arange(12) % 12
-    angle = -(mt2.key_phase(model, waves)[0] * c_major.conj()).angle().cpu().numpy()  # 0: C major; clockwise
-    # y's bin of C: a one-hot y there has the phase of C major; a crop at MIDDLE has moved it down by MIDDLE
-    bin_of_c = int(mt2.key_signature(c_major, torch.ones_like(c_major)))
-    y = torch.cat([model.pitch(chunk)[0] for chunk in waves.split(64)]).cpu()
-    y = y[:, (fifths + bin_of_c - mt2.MIDDLE) % 12]  # [n, 12] around the circle
+    y, c_major = mt2.key_profile(model, waves)[0], mt2.key_phase(mt2.calibrate(model, waves.device))
+    angle = -(mt2.key_phase(y) * c_major.conj()).angle().numpy()  # 0: C major; clockwise
+    # y's bin of C: a one-hot y there is nearest to the phase of C major
+    bin_of_c = (mt2.key_phase(torch.eye(12)) * c_major.conj()).real.argmax()
+    fifths = 7 * torch.arange(12) % 12
+    y = y[:, (fifths + bin_of_c) % 12]  # [n, 12] around the circle
     figure = canvas(7, 6)
     ax = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     time, turn = np.arange(len(y) + 1), math.pi / 6  # s, and the angle of a fifth
@@ -810,16 +810,16 @@ def command_key(args, device):
     model = mt2.load(args.run, device)
     need("eq" in model.class_tokens, f"{args.run}: has no equivariant token, so it cannot tell keys")
     crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
-    c_major, found, away, windows = mt2.calibrate(model, device, crops), 0, [], []
+    in_c, found, away, windows = mt2.calibrate(model, device, crops), 0, [], []
     sheet = csv.writer(tqdm, lineterminator="")  # tqdm.write prints a line above the bar
     if args.csv:
         sheet.writerow(("file", "major", "minor", "confidence"))
     for waves, owner, _, _ in read_files(progress(files, "files")):
         i = int(owner[0])
         found, file = found + 1, str(files[i]).encode(errors="backslashreplace").decode()  # may be no text
-        phasor = mt2.key_phase(model, waves.to(device), crops)  # [crops, windows]
-        tonic = int(mt2.key_signature(phasor.mean(), c_major))
-        sure = phasor.sgn().mean().abs().item()  # 1 if all windows and crops agree
+        y = mt2.key_profile(model, waves.to(device), crops)  # [crops, windows, 12]
+        tonic = int(mt2.key_signature(y.mean((0, 1)), in_c))
+        sure = mt2.key_phase(y).sgn().mean().abs().item()  # 1 if all windows and crops agree
         major, minor = KEYS[tonic], KEYS[12 + (tonic + 9) % 12]
         if args.csv:
             sheet.writerow((file, major, minor, f"{sure:.2f}"))
@@ -829,7 +829,7 @@ def command_key(args, device):
             label = truth["key"][i]
             signature = label + 3 * (label > 11)  # 12 + t is t minor, whose relative major is t + 3
             away.append(7 * (tonic - signature) % 12)  # in fifths
-            windows += (mt2.key_signature(phasor.mean(0), c_major) == signature % 12).tolist()
+            windows += (mt2.key_signature(y.mean(0), in_c) == signature % 12).tolist()
     if away:
         exact, fifth = (np.isin(away, near).mean() for near in ((0,), (0, 1, 11)))
         print(f"{exact:.3f} right, {fifth:.3f} within a fifth, of {len(away)} files; "

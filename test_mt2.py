@@ -35,7 +35,7 @@ from torch.testing import assert_close
 
 import mt2
 import probe
-from mt2 import (MT2, VQT, AudioFolder, Config, SyntheticMusic, TUNe, calibrate, cpsd, crop, key_phase,
+from mt2 import (MT2, VQT, AudioFolder, Config, SyntheticMusic, TUNe, calibrate, cpsd, crop, key_profile,
                  key_signature, load, monitor, nt_xent, train, unit_range, verdict)
 
 HERE = Path(__file__).resolve().parent
@@ -589,7 +589,7 @@ def test_on_a_gpu_nothing_meets_a_tensor_of_another_device_nor_waits_for_it(task
             found += probe.attention(net, wave).values()
             found += probe.of_model(net, net.front_end)(wave).values()
             if "eq" in net.class_tokens:
-                assert key_phase(net, wave, (2, 5)).shape == (2, 3)  # complex, so on the CPU
+                assert key_profile(net, wave, (2, 5)).shape == (2, 3, 12)  # on the CPU
         ctx = types.SimpleNamespace()
         ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
         with torch.no_grad():
@@ -974,7 +974,28 @@ def test_a_perfect_y_gets_perfect_figures_and_its_key_is_read_whatever_its_rotat
     figures = monitor(oracle, waves, truth)
     assert min(figures[k] for k in ("agree", "equivariance", "fork", "follows_key", "exact", "fifth")) > 0.999
     assert figures["follows_offset"] < 0.4 and "SHORTCUT" not in verdict(figures) and len(truth.unique()) > 10
-    assert torch.equal(key_signature(key_phase(oracle, waves[:, 0])[0], calibrate(oracle)), truth)
+    assert torch.equal(key_signature(key_profile(oracle, waves[:, 0])[0], calibrate(oracle)), truth)
+
+
+def test_the_monitor_reads_keys_at_the_middle_crop_and_a_calibration_at_all_it_is_given(known):
+    waves, truth, *known = known
+    oracle = Oracle(*known)
+    off = lambda *given: Oracle.pitch(oracle, *given).roll(3, -1)  # a minor third away at all other crops
+    oracle.pitch = lambda w, offsets: torch.cat([(Oracle.pitch(oracle, w, [c]) if c == 8 else off(w, [c]))
+                                                 for c in offsets])
+    figures = monitor(oracle, waves, truth)
+    assert figures["agree"] > 0.999 and figures["exact"] == 1 and figures["equivariance"] < 0.9
+    assert_close(calibrate(oracle, "cpu", (8, 9)), (torch.eye(12)[0] + torch.eye(12)[3]) / 2)
+
+
+@pytest.mark.parametrize("fifths", [0.6, -0.6])
+def test_between_two_keys_by_phase_the_rest_of_y_decides(fifths):
+    in_c = torch.tensor([0.3, 0, 0, 0, 0, 0, 0, 0.3, 0, 0.4, 0, 0])  # on C, G and A
+    spectrum = torch.fft.rfft(in_c)
+    spectrum[5] *= np.exp(2j * math.pi / 12 * fifths)  # 5 is -7: by phase alone a fifth away is nearer
+    y = torch.stack([torch.fft.irfft(spectrum, 12).roll(tonic) for tonic in range(12)])
+    assert (mt2.key_phase(y[0]) / mt2.key_phase(in_c)).angle() == pytest.approx(-math.pi / 6 * fifths)
+    assert key_signature(y, in_c).tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("away, fifth", [(7, 1), (5, 1), (2, 0)])
@@ -989,7 +1010,10 @@ def test_figures_count_both_segments_and_every_key_alike(known):
     waves, truth, heard, keys = known
     keys = keys.clone()
     keys[1:72:2] = (keys[1:72:2] + 2) % 12  # segments B, two fifths above A: between them lies one
-    figures = monitor(Oracle(heard, keys), waves, truth)
+    oracle = Oracle(heard, keys)
+    soft = lambda y: 0.4 * y + 0.3 * y.roll(7, -1) + 0.3 * y.roll(-7, -1)  # so that its neighbours add up
+    oracle.pitch = lambda *given: soft(Oracle.pitch(oracle, *given))
+    figures = monitor(oracle, waves, truth)
     assert figures["agree"] == pytest.approx(0.5, abs=0.05)
     assert figures["exact"] < 0.1 and figures["fifth"] > 0.9
     often = torch.cat([torch.arange(36), torch.zeros(60, dtype=torch.long)])  # one key dominates
@@ -2514,9 +2538,10 @@ def test_an_empty_cell_is_no_label_and_a_label_may_lie_half_a_second_behind_the_
 
 
 def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monkeypatch):
-    monkeypatch.setattr(mt2, "calibrate", lambda *_: torch.tensor(1 + 0j))
-    phase = torch.polar(torch.tensor([1, 0.1]), torch.tensor([0, -math.pi / 6])).expand(5, 2)
-    monkeypatch.setattr(mt2, "key_phase", lambda *_: phase)  # a window of C major, a weak one of G major
+    one_hot = torch.eye(12)
+    monkeypatch.setattr(mt2, "calibrate", lambda *_: one_hot[0])
+    y = torch.stack([one_hot[0], 0.1 * one_hot[7] + 0.9 / 12])  # a window of C major, a weak one of G major
+    monkeypatch.setattr(mt2, "key_profile", lambda *_: y.expand(5, 2, 12))
     keys = ("C major", "A minor", "G major", "F# major")
     lines = "path,key", *(f"song{i}.wav,{key}" for i, key in enumerate(keys))
     (small_run / "keys.csv").write_text("\n".join(lines))
@@ -2533,12 +2558,13 @@ def test_keys_of_a_manifest_are_compared_with_its_labels(small_run, capsys, monk
 
 
 def test_a_key_is_read_at_twelve_crops_and_its_confidence_is_their_agreement(small_run, capsys, monkeypatch):
-    seen = []
-    monkeypatch.setattr(mt2, "calibrate", lambda *given: seen.append(given[2]) or torch.tensor(1 + 0j))
-    monkeypatch.setattr(mt2, "key_phase", lambda *given: seen.append(given[2]) or torch.tensor(
-        [[9 + 0j, 1j]]).expand(12, 2))
+    seen, one_hot = [], torch.eye(12)
+    y = torch.stack([one_hot[0], 0.1 * one_hot[9] + 0.9 / 12])  # C major at six crops, a hint of A at six
+    y = y.repeat_interleave(6, 0)[:, None].expand(12, 2, 12)
+    monkeypatch.setattr(mt2, "calibrate", lambda *given: seen.append(given[2]) or one_hot[0])
+    monkeypatch.setattr(mt2, "key_profile", lambda *given: seen.append(given[2]) or y)
     said = probe_main(capsys, "key", small_run / "run", small_run / "song0.wav", "--csv")
-    assert said.endswith("song0.wav,C major,A minor,0.71\n")  # of two unit phasors a right angle apart
+    assert said.endswith("song0.wav,C major,A minor,0.71\n")  # of two phases a right angle apart
     assert seen[0] == seen[1] and sorted(c % 12 for c in seen[0]) == list(range(12))
 
 
