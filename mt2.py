@@ -55,7 +55,7 @@ N_MELS = 128
 N_BINS, N_CROP, N_OFFSETS, MIDDLE = 99, 84, 16, 8
 SIZES = {  # demo: minutes on two laptop cores, ours; paper: ViT-Tiny, 5.5 M parameters
     "demo": dict(dim=96, depth=3, heads=3, lr=2e-3, frames=14, con_frames=3),
-    "paper": dict(dim=192, depth=12, heads=3, lr=1e-3, frames=126, con_frames=126)}
+    "paper": dict(dim=192, depth=12, heads=3, lr=1e-3, frames=126, con_frames=3)}
 
 def knob(default, text, least=None, most=1e9):
     """A Config field with its help text and, of a number, its limits."""
@@ -220,6 +220,7 @@ class VQT(nn.Module):
     def magnitude(self, wave):
         """Wave [B, T] -> linear magnitude [B, T // hop + 1, n_bins]; frames centred, zeros beyond."""
         n_frames, octaves = wave.shape[-1] // self.hop + 1, []
+        wave = wave.to(self.quarter.dtype)  # files are often read as float64
         wave = F.pad(wave, (self.margin * self.hop, (self.margin + 1) * self.hop))  # once, for all octaves
         wave_hop = self.hop  # a frame's step in samples of `wave`, which shrinks with its rate
         for i, hop in enumerate(self.hops):
@@ -253,7 +254,6 @@ class FrontEnd(nn.Module):
             self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, 1024, hop_length=HOP, n_mels=N_MELS,
                                                             power=None)  # a complex spectrum
 
-    @torch.no_grad()
     def forward(self, wave):
         """Wave [B, T] -> mel dB [B, F, 128] and VQT dB [B, F, 99]; 0 dB is about a full-scale sine."""
         with torch.autocast(wave.device.type, enabled=False):
@@ -410,10 +410,12 @@ class MT2(nn.Module):
         return logits / (2 * (logits.square().mean(1, keepdim=True) + 1e-5).sqrt())
 
     def features(self, wave):
-        """Wave [B, T] -> mel [B, F, 128], VQT [B, F, 99], both in [0, 1]."""
-        if wave.ndim != 2 or not HOP < wave.shape[1] <= SAMPLES:
+        """Wave [B, T] of any floating-point kind -> mel [B, F, 128], VQT [B, F, 99], both in [0, 1]."""
+        if not (torch.is_tensor(wave) and wave.is_floating_point()):
+            raise ValueError("MT2 takes waves as a tensor of floating-point numbers, in [-1, 1]")
+        if wave.ndim != 2 or not len(wave) or not HOP < wave.shape[1] <= SAMPLES:
             raise ValueError(f"MT2 takes waves [B, {HOP + 1} to {SAMPLES} samples], not {list(wave.shape)}")
-        return [unit_range(x) for x in self.front_end(wave)]
+        return [unit_range(x) for x in self.front_end(wave.to(self.cls.dtype))]
 
     def crop_offsets(self, wave, offset):
         """The crop's offset of each wave [B]: from an int or [B], None for the middle. ValueError."""
@@ -454,10 +456,9 @@ class MT2(nn.Module):
 
     def forward(self, wave, offset=None):
         """Wave [B, T] -> Output(y, z, tokens); offset of the crop 0..15: int or [B], None: the middle."""
-        offset = self.crop_offsets(wave, offset)
         tokens = self.layers(wave, offset)[-1]
-        cls = dict(zip(self.class_tokens, tokens.unbind(1)))  # {name: [B, D]}
-        y = self.center(self.logits(cls["eq"]), offset).softmax(-1) if "eq" in cls else None
+        cls, offset = dict(zip(self.class_tokens, tokens.unbind(1))), self.crop_offsets(wave, offset)
+        y = self.center(self.logits(cls["eq"]), offset).softmax(-1) if "eq" in cls else None  # of [B, D]
         z = self.head_con(cls["con"]) if "con" in cls else None
         return Output(y, z, tokens)
 
@@ -493,6 +494,9 @@ class TUNe(nn.Module):
 
     def layers(self, wave):
         """Wave [B, T] -> every stage, a list of [B, frames_l, dim_l]. Shorter waves are padded with zeros."""
+        if wave.ndim != 2 or not 0 < wave.shape[1] <= 64000:  # 4 s, as MT2 hears
+            raise ValueError(f"TUNe takes waves [B, 1 to 64000 samples], not {list(wave.shape)}")
+        wave = wave.to(self.head_con[0].weight.dtype)
         wave = F.pad(wave, (0, max(0, self.LENGTH - wave.shape[1])))
         start = (wave.shape[1] - self.LENGTH) // 2
         x = wave[:, None, start:start + self.LENGTH]  # [B, 1, 59,049]
@@ -589,11 +593,12 @@ def nt_xent(a, b, temperature=0.1):
     l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over the 2B rows of all
     processes, with gradients exact once they are averaged; log(2B - 1) for identical embeddings. Rows shorter
     than 1e-12, or so long that their square overflows, count as orthogonal to all. ValueError for a and b of
-    unlike shapes, and for a temperature below 0.01."""
+    unlike shapes, and for a temperature below 0.01 or that wants a gradient. Beside torch.compile, not in it:
+    it fails at a second batch size."""
     if a.ndim != 2 or a.shape != b.shape or not len(a):
         raise ValueError(f"nt_xent: a {list(a.shape)} and b {list(b.shape)} must both be [B, P]")
-    if not temperature >= 0.01:
-        raise ValueError(f"nt_xent: temperature {temperature} must be at least 0.01")
+    if not temperature >= 0.01 or getattr(temperature, "requires_grad", False):
+        raise ValueError(f"nt_xent: temperature {temperature} must be a plain number, at least 0.01")
     with torch.autocast(a.device.type, enabled=False):  # exp(s / t) would magnify bf16's error tenfold
         kind = torch.promote_types(a.dtype, torch.float32)  # of the result
         z = torch.cat([a, b]).to(torch.float64 if temperature < 0.025 else kind)  # exp(-2 / t) underflows
@@ -690,7 +695,7 @@ class SyntheticMusic:
         (lead), tempo (BPM); chord [n, 2, 126] of each frame (root, + 12 if minor; 24: none, or the tail of a
         room); beats [n, 2, 14] and onsets [n, 2, 56] in seconds, NaN where there is none. `rich` is the share
         of rich tracks."""
-        rng = random.Random(self.seed * 1_000_003 + step)
+        rng = random.Random(int(self.seed * 1_000_003 + step))  # int: perhaps they are numpy's
         tracks = [self.track(rng, rng.random() < rich) for _ in range(n)]
         waves, *local = zip(*(self.segment(rng, t) for t in tracks for _ in range(2)))  # A, then B
         waves = torch.from_numpy(np.stack(waves)).unflatten(0, (n, 2))
@@ -876,8 +881,7 @@ class AudioFolder(Dataset):
             try:
                 return self.read(self.files[index], a, b)
             except Exception as error:  # a broken file may raise anything; it is named and counted
-                name = self.files[index].encode(errors="backslashreplace").decode()  # may not be valid text
-                self.skipped[name] = brief(error)
+                self.skipped[self.files[index]] = brief(error)
             index = int(torch.randint(len(self.files), (), generator=generator))
         file, why = next(iter(self.skipped.items()))
         raise RuntimeError(f"{self.root}: none of {len(self.files)} files can be used; {file}: {why}")
@@ -1062,7 +1066,7 @@ def losses(model, batch, g, encode=None):
 
     A and B are two segments of a track, A' is A again; each view has a crop of its own. The contrastive token
     learns from A and B as they sound, and from few frames, as each has the sound and none the tune (measured,
-    instruments of real music: equalised .75 instead of .88; 16 frames .80, 2 to 4 .83 to .84, 1 frame .80).
+    instruments of real music: equalised .75 instead of .88; 126 frames .76, 16 .80, 2 to 4 .83, 1 .80).
     The equivariant token learns from A, B and A', each VQT equalised by itself, without mel."""
     c, dev, terms = model.config, batch[0].device, {}
     encode = encode or model.encode
@@ -1435,6 +1439,7 @@ def main():
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         message = f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}"  # of a worker: its last line
+        message += "; lower --batch" if "allocate" in message else ""  # out of memory
         if world_size() > 1:  # NCCL's farewell below would wait for processes that wait for this one
             print(message, file=sys.stderr, flush=True)
             sys.stdout.flush()
@@ -1445,4 +1450,5 @@ def main():
             dist.destroy_process_group()
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what a screen cannot show
     main()

@@ -363,7 +363,8 @@ def generated(truth):
 def open_sound(path):
     """-> soundfile.SoundFile, or ValueError."""
     import soundfile
-    need(Path(path).is_file(), f"{path}: no such file")
+    what = "a folder; name its files" if Path(path).is_dir() else "no such file"
+    need(Path(path).is_file(), f"{path}: {what}")
     try:
         return soundfile.SoundFile(os.fsencode(path))  # a name need not be valid text
     except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
@@ -408,11 +409,12 @@ def read_labels(path, kind, sound):
     try:
         rows = [line.split() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         times = np.array([row[:width] for row in rows], float)
-        labels = [row[2] for row in rows] if kind == "chord" else []
+        labels = [label for _, _, label in rows] if kind == "chord" else []
         good = times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # written labels are rounded
     except (ValueError, IndexError):
         good = False
-    need(good, f"{path}: empty or not labels; a line starts with {width} rising time(s) in seconds")
+    line = "two rising times in seconds and a chord like A:min" if kind == "chord" else "a time in seconds"
+    need(good, f"{path}: empty or not labels; a line holds {line}")
     last, seconds = times.max(), math.inf  # of a broken sound, as reading it will name it
     with suppress(ValueError), open_sound(sound) as file:
         seconds = file.frames / file.samplerate
@@ -452,6 +454,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
     folder, truth, parts = Path(path).parent, {}, {}
     for name in ("path", *tasks):
         need(columns.count(name) == 1, f"{path}: must have one column '{name}'; has: {', '.join(columns)}")
+    need(not any(None in row for row in rows), f"{path}: a row has more cells than the header; quote commas")
     rows = [row for row in rows if any(row[task].strip() for task in tasks)]  # with a label at least
     files = [folder / row["path"] for row in rows]
     lost = [str(file) for file in files if not file.is_file()]
@@ -816,7 +819,7 @@ def command_key(args, device):
         sheet.writerow(("file", "major", "minor", "confidence"))
     for waves, owner, _, _ in read_files(progress(files, "files")):
         i = int(owner[0])
-        found, file = found + 1, str(files[i]).encode(errors="backslashreplace").decode()  # may be no text
+        found, file = found + 1, str(files[i])
         y = mt2.key_profile(model, waves.to(device), crops)  # [crops, windows, 12]
         tonic = int(mt2.key_signature(y.mean((0, 1)), in_c))
         sure = mt2.key_phase(y).sgn().mean().abs().item()  # 1 if all windows and crops agree
@@ -893,4 +896,5 @@ def main(words=None):
         sys.exit("probe: stopped")
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what a screen cannot show
     main()

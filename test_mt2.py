@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -14,6 +15,7 @@ import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import signal
 import statistics
@@ -143,8 +145,9 @@ def test_nt_xent_is_finite_and_right_with_zero_rows_identical_rows_and_a_tiny_te
         assert x.abs().max() < 1e4
         assert_close(x[1:], y[1:], rtol=1e-3, atol=1e-4)  # row 0 of a is zero and has no direction
     assert nt_xent(a.where(a != 0, math.nan), b, t).isnan()  # what is broken is not hidden
-    with pytest.raises(ValueError, match="at least 0.01"):
-        nt_xent(a, b, t / 1000)
+    for wrong in (t / 1000, torch.tensor(t, requires_grad=True)):  # whose gradient would be missing
+        with pytest.raises(ValueError, match="at least 0.01"):
+            nt_xent(a, b, wrong)
 
 
 def test_nt_xent_keeps_no_matrix_for_the_backward_pass():
@@ -387,9 +390,23 @@ def test_every_valid_model_has_its_shapes(tasks, inputs):
     assert y is None or y.shape == (3, 12) and y.min() >= 0 and torch.allclose(y.sum(1), torch.ones(3))
     assert z is None or z.shape == (3, 64)
     assert net(noise(1, 513)).tokens.isfinite().all()  # the shortest that the mel transform takes
-    for shape in ((64000,), (1, 64001), (1, 512), (1, 100), (1, 1, 64000)):
+    for shape in ((64000,), (1, 64001), (1, 512), (1, 100), (1, 1, 64000), (0, 64000)):
         with pytest.raises(ValueError, match="MT2 takes waves"):
             net(torch.zeros(shape))
+    for wave in (np.zeros((1, 64000)), torch.zeros(1, 64000, dtype=torch.int16)):
+        with pytest.raises(ValueError, match="floating-point"):
+            net(wave)
+
+
+def test_waves_as_float64_give_what_float32_gives_and_all_outputs_have_gradients_to_the_wave():
+    net, tune, wave = model(), TUNe(tiny(encoder="tune")).eval(), noise(2, 64000)
+    for f in (VQT(), tune, lambda wave: net(wave).tokens):
+        assert torch.equal(f(wave.double()), f(wave))
+    wave.requires_grad_()
+    found = net(wave)
+    for x in (found.y[:, 0], found.z, tune(wave)):
+        grad, = torch.autograd.grad(x.sum(), wave, retain_graph=True)
+        assert grad.isfinite().all() and grad.abs().max() > 0
 
 
 def test_the_encoder_is_torchs_pre_norm_transformer_on_tokens_positions_and_means_of_own_branches():
@@ -612,7 +629,8 @@ def test_same_seed_and_step_same_music_else_other_music():
     first, labels = music.batch(2, 5)
     other = music.batch(2, 6)[0]
     again, same = music.batch(2, 5)
-    assert torch.equal(first, again) and torch.equal(first, SyntheticMusic(3).batch(2, 5)[0])
+    assert torch.equal(first, again)
+    assert torch.equal(first, SyntheticMusic(np.int64(3)).batch(2, np.int64(5))[0])
     assert all(torch.equal(labels[k].nan_to_num(-1), same[k].nan_to_num(-1)) for k in labels)
     assert min((first - x).abs().max() for x in (other, SyntheticMusic(4).batch(2, 5)[0])) > 0.1
 
@@ -1870,6 +1888,14 @@ def test_a_bad_flag_gets_one_line_that_names_it(flags, monkeypatch, capsys, tmp_
     assert Path("file").read_text() == "precious" and {p.name for p in Path().iterdir()} == {"empty", "file"}
 
 
+def test_too_little_memory_is_said_with_its_remedy(monkeypatch, capsys):
+    def train(config):
+        torch.empty(2 ** 60)
+    monkeypatch.setattr(mt2, "train", train)
+    code, lines = run_main(monkeypatch, capsys)
+    assert len(lines) == 1 and "allocate" in lines[0] and lines[0].endswith("; lower --batch")
+
+
 @pytest.mark.parametrize("tasks, easy", [("eq,con", 0), ("con", 0.4)])  # 0.4: generated music comes first
 def test_a_folder_with_nothing_usable_ends_in_one_line_before_the_first_step(
         tasks, easy, monkeypatch, capsys, tmp_path):
@@ -2284,11 +2310,14 @@ def test_without_a_split_a_fifth_is_for_testing_by_seed_and_tags_lie_between_bar
      "one class"),
     ("two columns", "path,key,key\nsong0.wav,C major,A minor", "key", "must have one column 'key'"),
     ("twice in other words", "path,key\nsong0.wav,C major\nrun/../song0.wav,A minor", "key", "listed twice"),
+    ("more cells", "path,key\nsong0.wav,C major, sad\nsong1.wav,A minor", "key", "more cells than"),
+    ("spaced chord", "path,chords\nsong0.wav,spaced.lab\nsong1.wav,spaced.lab", "chords", "a chord like A"),
     ("no chord", "path,chords\nsong0.wav,bad.lab\nsong1.wav,bad.lab", "chords", "bad.lab: 'Q:maj' is no"),
     ("odd digit", "path,tempo\nsong0.wav,1²\nsong1.wav,90", "tempo", "not 10 to 1000"),
     ("late lab", "path,chords\nsong0.wav,late.lab\nsong1.wav,late.lab", "chords", "but the sound ends")])
 def test_a_bad_manifest_is_refused_and_nothing_is_written(small_run, capsys, name, text, task, expected):
     (small_run / "empty.lab").write_text("")
+    (small_run / "spaced.lab").write_text("0.0 2.0 A min")
     (small_run / "late.lab").write_text("0.0\t99.0\tC:maj\n")
     (small_run / "bad.lab").write_text("\ufeff0.0\t1.0\tQ:maj\n", encoding="utf-8")  # after a byte order mark
     (small_run / "bad.csv").write_text(text)
@@ -2571,14 +2600,33 @@ def test_a_key_is_read_at_twelve_crops_and_its_confidence_is_their_agreement(sma
 def test_key_names_a_broken_song_goes_on_and_ends_with_an_error(small_run, capsys):
     (small_run / "text.wav").write_text("no sound")
     soundfile.write(small_run / "vast.wav", 1e24 * noise(64000).numpy(), 16000, "FLOAT")
-    odd = os.fsencode(small_run) + b"/caf\xe9.wav"  # a name that is no text
-    Path(os.fsdecode(odd)).write_bytes((small_run / "song1.wav").read_bytes())
-    songs = [small_run / name for name in ("song0.wav", "text.wav", "vast.wav")] + [os.fsdecode(odd)]
+    songs = [small_run / name for name in ("song0.wav", "text.wav", "vast.wav", "song1.wav")]
     with pytest.raises(SystemExit, match="2 of 4 files"):
         probe.main(list(map(str, ["key", small_run / "run", *songs])))
     said = capsys.readouterr()
     assert "text.wav: not a sound file" in said.err and "vast.wav: holds no sound, or NaN" in said.err
-    assert re.search(r"song0.wav\n.*caf\\udce9.wav", said.out)
+    assert re.search(r"song0.wav\n.*song1.wav", said.out)
+
+
+@pytest.mark.parametrize("name, encoding, shown", [
+    ("björk.wav", "ascii", "bj\\xf6rk.wav"),
+    (os.fsdecode(b"bj\xf6rk.wav"), "utf-8", "bj\\udcf6rk.wav")])  # a name that is no text
+@pytest.mark.parametrize("program, flags", [
+    ("probe.py", "key run"), ("mt2.py", "--data . --easy 0 --tasks con --inputs mel --out new")])
+def test_a_name_that_the_screen_cannot_show_stops_nothing(
+        program, flags, name, encoding, shown, small_run, tmp_path, monkeypatch):
+    shutil.copytree(small_run / "run", tmp_path / "run")
+    shutil.copy(small_run / "song0.wav", tmp_path)
+    flags = [*flags.split(), name, "song0.wav"] if program == "probe.py" else FLAGS + flags.split()
+    sound = (small_run / "song1.wav").read_bytes() if program == "probe.py" else b"no sound"
+    (tmp_path / name).write_bytes(sound)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    monkeypatch.setattr(sys, "argv", [program, *flags])
+    runpy.run_path(str(HERE / program), run_name="__main__")
+    sys.stdout.flush()
+    said = sys.stdout.buffer.getvalue().decode()
+    assert shown in said and ("song0.wav" in said or program == "mt2.py")
 
 
 def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
@@ -2602,6 +2650,8 @@ def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     assert {p.name for p in (small_run / "fig").iterdir()} == {"ssm.png", "attention.png", "circle.png"}
     said = probe_main(capsys, "figures", small_run / "run", "no.wav", "--out", small_run / "none")
     assert said == "probe: no.wav: no such file" and not (small_run / "none").exists()
+    said = probe_main(capsys, "figures", small_run / "run", small_run, "--out", small_run / "none")
+    assert said == f"probe: {small_run}: a folder; name its files"
 
 
 def test_the_circle_shows_g_major_a_fifth_clockwise_of_c(known):
