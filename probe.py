@@ -718,7 +718,7 @@ def circle_figure(model, waves):
     ax.tick_params(axis="y", colors="w")
     names = [f"{PITCHES[t]}/{MINORS[(t + 9) % 12].lower()}" for t in fifths]
     ax.set(xticks=[turn * i for i in range(12)], xticklabels=names,
-           title="colour: y; dots: key signature; outwards: start of a 4 s window (s)\n")
+           title="colour: y; dots: its place on the circle; outwards: start of a 4 s window (s)\n")
     figure.colorbar(image, ax=ax, label="probability", shrink=0.7, pad=0.1)
     return figure
 
