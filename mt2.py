@@ -53,7 +53,7 @@ FRAMES = SAMPLES // HOP + 1                  # 126 frames of 32 ms
 N_MELS = 128
 # of the 99 VQT bins a crop at offset 0..15 keeps seven octaves; the middle one is the default
 N_BINS, N_CROP, N_OFFSETS, MIDDLE = 99, 84, 16, 8
-SIZES = {  # demo: minutes on two laptop cores, ours; paper: ViT-Tiny, 5.5 M parameters
+SIZES = {  # demo: minutes on two laptop cores, ours; paper: ViT-Tiny, 5.5 M parameters (lr, con_frames: ours)
     "demo": dict(dim=96, depth=3, heads=3, lr=2e-3, frames=14, con_frames=3),
     "paper": dict(dim=192, depth=12, heads=3, lr=1e-3, frames=126, con_frames=3)}
 
@@ -494,7 +494,7 @@ class TUNe(nn.Module):
 
     def layers(self, wave):
         """Wave [B, T] -> every stage, a list of [B, frames_l, dim_l]. Shorter waves are padded with zeros."""
-        if wave.ndim != 2 or not 0 < wave.shape[1] <= 64000:  # 4 s, as MT2 hears
+        if wave.ndim != 2 or not len(wave) or not 0 < wave.shape[1] <= 64000:  # 4 s, as MT2 hears
             raise ValueError(f"TUNe takes waves [B, 1 to 64000 samples], not {list(wave.shape)}")
         wave = wave.to(self.head_con[0].weight.dtype)
         wave = F.pad(wave, (0, max(0, self.LENGTH - wave.shape[1])))
@@ -593,8 +593,8 @@ def nt_xent(a, b, temperature=0.1):
     l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over the 2B rows of all
     processes, with gradients exact once they are averaged; log(2B - 1) for identical embeddings. Rows shorter
     than 1e-12, or so long that their square overflows, count as orthogonal to all. ValueError for a and b of
-    unlike shapes, and for a temperature below 0.01 or that wants a gradient. Beside torch.compile, not in it:
-    it fails at a second batch size."""
+    unlike shapes, and for a temperature below 0.01 or that wants a gradient. Call it
+    outside of torch.compile: compiled, it fails when the batch size changes."""
     if a.ndim != 2 or a.shape != b.shape or not len(a):
         raise ValueError(f"nt_xent: a {list(a.shape)} and b {list(b.shape)} must both be [B, P]")
     if not temperature >= 0.01 or getattr(temperature, "requires_grad", False):
@@ -695,7 +695,7 @@ class SyntheticMusic:
         (lead), tempo (BPM); chord [n, 2, 126] of each frame (root, + 12 if minor; 24: none, or the tail of a
         room); beats [n, 2, 14] and onsets [n, 2, 56] in seconds, NaN where there is none. `rich` is the share
         of rich tracks."""
-        rng = random.Random(int(self.seed * 1_000_003 + step))  # int: perhaps they are numpy's
+        rng = random.Random(int(self.seed) * 1_000_003 + int(step))  # int: they may be numpy's
         tracks = [self.track(rng, rng.random() < rich) for _ in range(n)]
         waves, *local = zip(*(self.segment(rng, t) for t in tracks for _ in range(2)))  # A, then B
         waves = torch.from_numpy(np.stack(waves)).unflatten(0, (n, 2))
@@ -881,7 +881,8 @@ class AudioFolder(Dataset):
             try:
                 return self.read(self.files[index], a, b)
             except Exception as error:  # a broken file may raise anything; it is named and counted
-                self.skipped[self.files[index]] = brief(error)
+                name = self.files[index].encode(errors="backslashreplace").decode()  # may not be valid text
+                self.skipped[name] = brief(error)
             index = int(torch.randint(len(self.files), (), generator=generator))
         file, why = next(iter(self.skipped.items()))
         raise RuntimeError(f"{self.root}: none of {len(self.files)} files can be used; {file}: {why}")
@@ -977,10 +978,6 @@ def key_phase(profile):
     """Profiles [..., 12] -> their DFT at 7, complex [...]: points in the plane of the circle of fifths."""
     return torch.view_as_complex(dft(profile).contiguous())
 
-def transpose_down(semitones):
-    """The factor that turns a key's phase as if the music sounded so many semitones lower."""
-    return torch.exp(2j * math.pi * 7 / 12 * semitones)
-
 @lru_cache
 def calibration_music():
     """Generated tracks [64, 2, samples] of a seed that is never trained on, and their key signatures [64]."""
@@ -1002,7 +999,7 @@ def key_signature(profile, in_c):
 
     Ours: two keys a fifth apart are neighbours in phase, yet unlike in the rest of y (measured, eight runs:
     real pieces .943 exact, by phase alone .921)."""
-    return (profile @ torch.stack([in_c.roll(tonic) for tonic in range(12)], dim=1)).argmax(-1)
+    return torch.stack([(profile * in_c.roll(tonic)).sum(-1) for tonic in range(12)], dim=-1).argmax(-1)
 
 MONITOR = ("agree", "equivariance", "fork", "follows_key", "follows_offset", "exact", "fifth")
 
@@ -1030,7 +1027,7 @@ def monitor(model, waves, truth=None):
         away = (7 * (key_signature(y_a[2] + y_b, calibrate(model, waves.device)) - truth)) % 12  # in fifths
         result |= dict(follows_offset=(a.mean(0) * weight).sum().abs(), exact=(away == 0).float().mean(),
                        fifth=((away <= 1) | (away == 11)).float().mean(),
-                       follows_key=(a * transpose_down(truth)).mean().abs())
+                       follows_key=(a * key_phase(torch.eye(12))[truth].conj()).mean().abs())
     return {name: float(result.get(name, math.nan)) for name in MONITOR}
 
 def verdict(m):
@@ -1066,7 +1063,7 @@ def losses(model, batch, g, encode=None):
 
     A and B are two segments of a track, A' is A again; each view has a crop of its own. The contrastive token
     learns from A and B as they sound, and from few frames, as each has the sound and none the tune (measured,
-    instruments of real music: equalised .75 instead of .88; 126 frames .76, 16 .80, 2 to 4 .83, 1 .80).
+    instruments of real music: equalised .75 instead of .88; all frames .76, 16 .80, 3 .83, 1 .80).
     The equivariant token learns from A, B and A', each VQT equalised by itself, without mel."""
     c, dev, terms = model.config, batch[0].device, {}
     encode = encode or model.encode
@@ -1439,7 +1436,7 @@ def main():
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         message = f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}"  # of a worker: its last line
-        message += "; lower --batch" if "allocate" in message else ""  # out of memory
+        message += "; lower --batch" if "tried to allocate" in message.lower() else ""  # out of memory
         if world_size() > 1:  # NCCL's farewell below would wait for processes that wait for this one
             print(message, file=sys.stderr, flush=True)
             sys.stdout.flush()
@@ -1450,5 +1447,6 @@ def main():
             dist.destroy_process_group()
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what a screen cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may hold what a screen cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

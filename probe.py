@@ -454,7 +454,8 @@ def manifest(path, tasks, seed=0, for_probe=True):
     folder, truth, parts = Path(path).parent, {}, {}
     for name in ("path", *tasks):
         need(columns.count(name) == 1, f"{path}: must have one column '{name}'; has: {', '.join(columns)}")
-    need(not any(None in row for row in rows), f"{path}: a row has more cells than the header; quote commas")
+    surplus = any(any(row.get(None, ())) for row in rows)  # cells beyond the header's, but for empty ones
+    need(not surplus, f"{path}: a row has more cells than the header; quote commas")
     rows = [row for row in rows if any(row[task].strip() for task in tasks)]  # with a label at least
     files = [folder / row["path"] for row in rows]
     lost = [str(file) for file in files if not file.is_file()]
@@ -718,7 +719,7 @@ def circle_figure(model, waves):
     ax.tick_params(axis="y", colors="w")
     names = [f"{PITCHES[t]}/{MINORS[(t + 9) % 12].lower()}" for t in fifths]
     ax.set(xticks=[turn * i for i in range(12)], xticklabels=names,
-           title="colour: y; dots: its place on the circle; outwards: start of a 4 s window (s)\n")
+           title="y, its place on the circle (dots); outwards: start of window (s)\n")
     figure.colorbar(image, ax=ax, label="probability", shrink=0.7, pad=0.1)
     return figure
 
@@ -819,7 +820,7 @@ def command_key(args, device):
         sheet.writerow(("file", "major", "minor", "confidence"))
     for waves, owner, _, _ in read_files(progress(files, "files")):
         i = int(owner[0])
-        found, file = found + 1, str(files[i])
+        found, file = found + 1, str(files[i]).encode(errors="backslashreplace").decode()  # may be no text
         y = mt2.key_profile(model, waves.to(device), crops)  # [crops, windows, 12]
         tonic = int(mt2.key_signature(y.mean((0, 1)), in_c))
         sure = mt2.key_phase(y).sgn().mean().abs().item()  # 1 if all windows and crops agree
@@ -896,5 +897,6 @@ def main(words=None):
         sys.exit("probe: stopped")
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what a screen cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may hold what a screen cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()
