@@ -457,8 +457,9 @@ class MT2(nn.Module):
     def forward(self, wave, offset=None):
         """Wave [B, T] -> Output(y, z, tokens); offset of the crop 0..15: int or [B], None: the middle."""
         tokens = self.layers(wave, offset)[-1]
-        cls, offset = dict(zip(self.class_tokens, tokens.unbind(1))), self.crop_offsets(wave, offset)
-        y = self.center(self.logits(cls["eq"]), offset).softmax(-1) if "eq" in cls else None  # of [B, D]
+        cls = dict(zip(self.class_tokens, tokens.unbind(1)))  # {name: [B, D]}
+        offset = self.crop_offsets(wave, offset)
+        y = self.center(self.logits(cls["eq"]), offset).softmax(-1) if "eq" in cls else None
         z = self.head_con(cls["con"]) if "con" in cls else None
         return Output(y, z, tokens)
 

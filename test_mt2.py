@@ -1892,14 +1892,15 @@ def test_a_bad_flag_gets_one_line_that_names_it(flags, monkeypatch, capsys, tmp_
     assert Path("file").read_text() == "precious" and {p.name for p in Path().iterdir()} == {"empty", "file"}
 
 
-def test_too_little_memory_is_said_with_its_remedy(monkeypatch, capsys):
+def test_too_little_memory_is_said_with_its_remedy(monkeypatch, capsys, tmp_path):
     def train(config):
         torch.empty(2 ** 60)
     monkeypatch.setattr(mt2, "train", train)
     code, lines = run_main(monkeypatch, capsys)
     assert len(lines) == 1 and "allocate" in lines[0] and lines[0].endswith("; lower --batch")
     monkeypatch.undo()
-    code, lines = run_main(monkeypatch, capsys, "--data", "allocated")
+    flags = FLAGS + ["--out", tmp_path / "run", "--data", tmp_path / "allocated"]  # no such folder
+    code, lines = run_main(monkeypatch, capsys, *flags)
     assert code and not lines[0].endswith("--batch")
 
 
