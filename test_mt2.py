@@ -1012,7 +1012,8 @@ def test_between_two_keys_by_phase_the_rest_of_y_decides(fifths):
     spectrum = torch.fft.rfft(in_c)
     spectrum[5] *= np.exp(2j * math.pi / 12 * fifths)  # 5 is -7: by phase alone a fifth away is nearer
     y = torch.stack([torch.fft.irfft(spectrum, 12).roll(tonic) for tonic in range(12)])
-    assert (mt2.key_phase(y[0]) / mt2.key_phase(in_c)).angle() == pytest.approx(-math.pi / 6 * fifths)
+    turned = (mt2.key_phase(y[0]) / mt2.key_phase(in_c)).angle().item()
+    assert turned == pytest.approx(-math.pi / 6 * fifths, abs=1e-4)
     with torch.autocast("cpu", torch.bfloat16):  # a user's
         assert key_signature(y, in_c).tolist() == list(range(12))
         many = torch.rand(2000, 12, generator=seeded(0))
@@ -2020,7 +2021,7 @@ def test_a_mixture_leans_on_the_layer_that_tells():
     held = x[:, 300:450], target[300:450]
     predict, loss, share = probe.probe(x[:, :300], target[:300], *held, False, mix=True)
     assert predict(x[:, 450:])[0].argmax(1).eq(y[450:]).float().mean() > 0.8 and share[1] > 0.6
-    assert share.sum().item() == pytest.approx(1) and loss.shape == (1,)
+    assert share.sum().item() == pytest.approx(1, abs=1e-5) and loss.shape == (1,)
 
 
 @pytest.mark.parametrize("valid", [[], [6, 7]])
