@@ -111,9 +111,12 @@ def of_package(spec, device, download=False, trust=False):
     its own `.rate`, else 16 kHz, and gives a list of [B, frames, dim]. ValueError if it does not load, or
     fails on four seconds of silence."""
     kind, _, where = spec.partition(":")
+    # of transformers 5 neither MERT nor MusicFM gets hidden states (seen with their own code)
     known = dict(muq="pip install muq 'transformers<5'; FOLDER holds config and weights",
-                 mert="pip install transformers; FOLDER holds config and weights",
-                 musicfm="github.com/minzwon/musicfm on PYTHONPATH; FOLDER holds stats and weights")
+                 mert="pip install 'transformers<5'; FOLDER holds config, weights and their code, "
+                      "which --trust-remote-code runs",
+                 musicfm="github.com/minzwon/musicfm on PYTHONPATH; pip install einops 'transformers<5'; "
+                         "FOLDER holds stats and weights; --download once, for a config it asks for by name")
     need(where, f"--encoder {spec}: write muq:FOLDER, mert:FOLDER, musicfm:FOLDER or module:callable")
     if kind in known and not download:
         need(Path(where).is_dir(), f"--encoder {spec}: no such folder; or add --download to fetch it by name")

@@ -2539,6 +2539,16 @@ def test_foreign_encoders_are_called_as_their_packages_want_and_give_every_layer
     assert_close(found["seq"][3], 4 * found["seq"][0])
 
 
+@pytest.mark.parametrize("kind, module, remedy", [
+    ("muq", "muq", "pip install muq"), ("mert", "transformers", "--trust-remote-code"),
+    ("musicfm", "musicfm", "--download once")])
+def test_a_foreign_encoder_that_fails_says_what_it_needs(kind, module, remedy, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)  # not installed
+    with pytest.raises(ValueError, match=f"{kind}:.*{module}.*{remedy}") as caught:
+        probe.of_package(f"{kind}:{tmp_path}", "cpu")
+    assert "'transformers<5'" in str(caught.value)
+
+
 def test_an_encoder_in_a_folder_does_not_ask_the_network(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setitem(sys.modules, "muq", types.SimpleNamespace(MuQ=Foreign))
@@ -2914,11 +2924,9 @@ def benchmark_step(device):
     from torch.utils.flop_counter import FlopCounterMode
     n = 8192 if device.type == "cuda" else 2048
     square = torch.randn(n, n, device=device)
-    calls = {str(m.dtype)[6:]: lambda m=m: m @ m for m in (square, square.bfloat16())}
-    rates = {name: 2 * n ** 3 / s for name, s in race(f"matrix product {n} x {n}", calls).items()}
-    print("  " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items()))
+    products = {f"{str(m.dtype)[6:]} product {n} x {n}": lambda m=m: m @ m for m in (square, square.bfloat16())}
     with mt2.autocast(device):
-        used = str((square[:2] @ square).dtype)[6:]
+        used = f"{str((square[:2] @ square).dtype)[6:]} product {n} x {n}"
     db = lambda *shape: (20 * torch.randn(shape, device=device) - 60).half()
     music = lambda batch: [db(batch, 2, 126, bins) for bins in (128, 99)]
     lightly, nnaudio = installed("lightly.loss"), installed("nnAudio.features.cqt")
@@ -2948,12 +2956,14 @@ def benchmark_step(device):
                 steps["from others' parts, compiled"] = lambda: theirs(fast)
         with FlopCounterMode(display=False) as counter:
             ours()
-        medians = race(f"training step, {size}, batch {batch}, {fresh} fresh tracks", steps, repeats=5)
+        title = f"training step, {size}, batch {batch}, {fresh} fresh tracks"
+        medians = race(title, steps | products, repeats=5)  # rates of the same minutes
         flop = counter.get_total_flops()
+        print("  " + ", ".join(f"{name} {2 * n ** 3 / medians[name] / 1e9:,.0f} GFLOP/s" for name in products))
         for name in list(steps)[:2 if compiler else 1]:
             rate = flop / medians[name]
             print(f"  {name}: {batch / medians[name]:,.0f} tracks/s; {flop / 1e9:,.1f} GFLOP a step, "
-                  f"{rate / 1e9:,.0f} GFLOP/s, {rate / rates[used]:.0%} of the {used} matrix product")
+                  f"{rate / 1e9:,.0f} GFLOP/s, {rate * medians[used] / 2 / n ** 3:.0%} of the {used}")
         parts = {"the whole step": ours} | parts_of_a_step(net, batch, fresh, waves)
         race(f"of it, {size}", parts, repeats=5)
     print("\ncost of losses and backward, demo width: ms per track")
