@@ -1307,6 +1307,12 @@ def test_a_run_from_a_model_needs_no_easy_music_and_every_rank_has_music_of_its_
     assert not torch.equal(ranks[0].generator(8).get_state(), ranks[1].generator(7).get_state())
 
 
+def test_a_worker_that_starts_anew_as_on_macos_and_windows_makes_the_same_music(songs):
+    stream = mt2.Stream(tiny(data=str(songs), easy=0))
+    sent = pickle.loads(pickle.dumps(stream))
+    assert all(torch.equal(x, y) for i in (0, 9) for x, y in zip(stream[i][0], sent[i][0]))
+
+
 @pytest.mark.parametrize("share, files", [(0, 5), (0.5, 3), (0.9, 1)])
 def test_beside_a_folder_a_share_of_generated_music_stays(share, files, songs, monkeypatch):
     stream = mt2.Stream(tiny(data=str(songs), easy=0, generated=share, fresh=5, pool=20))
