@@ -45,6 +45,11 @@ import torchaudio
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+def need(good, message):
+    """ValueError with a one-line message for the user, unless all is good."""
+    if not good:
+        raise ValueError(message)
+
 # ---- Config: what a user may want to change; each field is a command-line flag ---------------------------
 
 SAMPLE_RATE, SECONDS, HOP = 16000, 4.0, 512  # the paper's input: 4 s of mono sound at 16 kHz
@@ -57,9 +62,9 @@ SIZES = {  # demo: minutes on two laptop cores, ours; paper: ViT-Tiny, 5.5 M par
     "demo": dict(dim=96, depth=3, heads=3, lr=2e-3, frames=14, con_frames=3),
     "paper": dict(dim=192, depth=12, heads=3, lr=1e-3, frames=126, con_frames=3)}
 
-def knob(default, text, least=None, most=1e9):
-    """A Config field with its help text and, of a number, its limits."""
-    return dataclasses.field(default=default, metadata={"help": text, "limits": (least, most)})
+def knob(default, text, *limits):
+    """A Config field with its help text and limits: choices of a text, least (and most) of a number."""
+    return dataclasses.field(default=default, metadata={"help": text, "limits": limits})
 
 @dataclasses.dataclass
 class Config:
@@ -68,11 +73,11 @@ class Config:
     data: str = knob("", "folder of music; empty: music made on the fly by SyntheticMusic")
     out: str = knob("runs/demo", "run folder: model.pt, state.pt, log.csv, monitor.csv")
     init: str = knob("", "run folder or model.pt whose weights to start from")
-    size: str = knob("demo", "demo | paper: sets dim, depth, heads, lr, frames, con_frames")
-    encoder: str = knob("vit", "vit: MT2 | tune: TUNe and CLMR, on the waveform, contrastive only")
+    size: str = knob("demo", "demo | paper: sets dim, depth, heads, lr, frames, con_frames", *SIZES)
+    encoder: str = knob("vit", "vit: MT2 | tune: TUNe and CLMR, waveform, contrastive only", "vit", "tune")
     expansion: int = knob(4, "of TUNe: expansion layers, 1 to 4; 0 is CLMR's SampleCNN", 0, 4)
-    tasks: tuple = knob(("eq", "con"), "class tokens, in token order: eq,con | eq | con")
-    inputs: tuple = knob(("mel", "vqt"), "branches, whose tokens are added: mel,vqt | mel | vqt")
+    tasks: tuple = knob("eq,con", "class tokens, in token order: eq,con | eq | con", "eq,con", "eq", "con")
+    inputs: tuple = knob("mel,vqt", "branches, whose tokens are added", "mel,vqt", "mel", "vqt", "wave")
     steps: int = knob(2400, "optimiser steps (paper: about 1000 epochs of 512 steps)", 1)
     batch: int = knob(128, "tracks per step and process (paper: 128)", 2)
     seed: int = knob(0, "of weights, music and views", 0, 2 ** 17)
@@ -99,45 +104,34 @@ class Config:
     compile: int = knob(0, "1: torch.compile the encoder: a minute or two first, for faster steps", 0, 1)
 
     def __post_init__(self):
-        for name, known in (("size", tuple(SIZES)), ("encoder", ("vit", "tune"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose {' or '.join(known)}")
-        for name, value in SIZES[self.size].items():  # what `size` sets and no flag has set
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        for name, known in (("tasks", ("eq", "con")), ("inputs", ("mel", "vqt"))):
-            given = getattr(self, name)
-            given = given if isinstance(given, (tuple, list)) else str(given).split(",")  # a flag is text
-            given = tuple(given)
-            saved = self.encoder == "tune" and given == ("wave",)  # by such a run
-            if given not in (known, known[:1], known[1:]) and not saved:
-                text = ",".join(map(str, given))
-                raise ValueError(f"--{name} {text}: choose {','.join(known)} or one of them")
-            setattr(self, name, given)
+        for field in dataclasses.fields(self):
+            kind, limits, given = field.type, field.metadata["limits"], getattr(self, field.name)
+            given = SIZES[self.size].get(field.name) if given is None else given  # `size` stands above it
+            given = ",".join(map(str, given)) if isinstance(given, (tuple, list)) else given  # as a flag
+            flag = f"--{field.name.replace('_', '-')} {given}"
+            if kind in (int, float):
+                try:
+                    value = kind(given)
+                except (TypeError, ValueError, OverflowError):
+                    value = math.nan  # which equals nothing
+                least, most = (*limits, 1e9)[:2]
+                need(value == given, f"{flag}: must be {kind.__name__}")
+                need(least <= value <= most, f"{flag}: must lie between {least:g} and {most:g}")
+            else:
+                need(given is not None, f"{flag}: must be {kind.__name__}")
+                need(not limits or given in limits, f"{flag}: choose {' | '.join(limits)}")
+                value = tuple(given.split(",")) if kind is tuple else str(given)
+            setattr(self, field.name, value)  # plain: no checkpoint may hold a Path or a number of numpy
         if self.encoder == "tune":
-            if "con" not in self.tasks:
-                raise ValueError("--tasks eq: waveform encoders learn con alone; use --encoder vit")
+            need("con" in self.tasks, "--tasks eq: waveform encoders learn con alone; use --encoder vit")
             self.tasks, self.inputs = ("con",), ("wave",)
-        elif "eq" in self.tasks and "vqt" not in self.inputs:
-            raise ValueError(f"--tasks {','.join(self.tasks)}: eq needs vqt among --inputs, to be transposed")
+        elif self.inputs == ("wave",) or "eq" in self.tasks and "vqt" not in self.inputs:
+            raise ValueError(f"--inputs {self.inputs[0]}: eq needs vqt, to be transposed; con mel or vqt")
         elif self.tasks == ("eq",) and self.hide_mel:
             self.inputs = ("vqt",)  # no view would see mel
-        for field in dataclasses.fields(self):
-            kind, (least, most), given = field.type, field.metadata["limits"], getattr(self, field.name)
-            flag = "--" + field.name.replace("_", "-")
-            try:
-                value = None if given is None else kind(given)
-            except (TypeError, ValueError, OverflowError):
-                value = None
-            if value is None or kind is int and value != given:
-                raise ValueError(f"{flag} {given}: must be {kind.__name__}")
-            if least is not None and not least <= value <= most:
-                raise ValueError(f"{flag} {value}: must lie between {least:g} and {most:g}")
-            setattr(self, field.name, value)  # plain: no checkpoint may hold a Path or a number of numpy
-        if self.pool < max(self.batch, self.fresh):
-            raise ValueError(f"--pool {self.pool}: must hold --batch {self.batch} and --fresh {self.fresh}")
-        if self.dim % self.heads:
-            raise ValueError(f"--dim {self.dim} cannot be divided among --heads {self.heads}")
+        both = f"--batch {self.batch} and --fresh {self.fresh}"
+        need(self.pool >= max(self.batch, self.fresh), f"--pool {self.pool}: must hold {both}")
+        need(self.dim % self.heads == 0, f"--dim {self.dim} cannot be divided among --heads {self.heads}")
 
 # ---- Many processes: without torchrun there is one, and nothing is sent ----------------------------------
 
@@ -545,30 +539,29 @@ class NTXent(torch.autograd.Function):
         scale = torch.where(norm <= 1e-12, 0, 1 / norm)  # 0-rows stay 0 and get no gradient; NaN stays NaN
         z = x * scale
         n, sums, columns = len(z), z.new_zeros(len(z)), gather(z)  # columns [N, P]
-        ctx.temperature, ctx.block, ctx.symmetric = temperature, block, len(columns) == n
-        ctx.kept = {} if n * len(columns) <= NTXent.KEEP else None
-        for i in range(0, n, block):
-            e = NTXent.strip(ctx, z, columns, i)
+        ctx.temperature, ctx.block, ctx.kept = temperature, block, None
+        strips = NTXent.strips(z, columns, temperature, block)
+        if n * len(columns) <= NTXent.KEEP:
+            strips = ctx.kept = list(strips)
+        for i, first, e in strips:
             sums[i:i + block] += e.sum(1)
-            if ctx.symmetric:  # the strip, mirrored, holds the columns of later rows
+            if len(columns) == n:  # the strip, mirrored, holds the columns of later rows
                 sums[i + block:] += e[:, block:].sum(0)
-            if ctx.kept is not None:
-                ctx.kept[i] = e
         all_sums = gather(sums)  # [N], of all processes' rows
         ctx.save_for_backward(z, scale, columns, sums, all_sums)
         a, b = columns.view(-1, 2, n // 2, z.shape[1]).unbind(1)  # each process sent its a, then its b
         return all_sums.log().mean() + (1 - (a * b).sum(-1).mean()) / temperature
 
     @staticmethod
-    def strip(ctx, z, columns, i):
-        """exp((s - 1) / t) of rows i to i + block: all columns, or from i on where the matrix is symmetric.
-
-        Cosines s are at most 1, so that exp never overflows and no row maximum is needed."""
-        t, first = ctx.temperature, i if ctx.symmetric else 0
-        e = torch.addmm(z.new_full((), -1 / t), z[i:i + ctx.block], columns[first:].T, alpha=1 / t).exp_()
-        own = 0 if ctx.symmetric else i + dist.get_rank() * len(z)  # the column of row i itself
-        e.diagonal(own).zero_()  # no clip is its own negative
-        return e
+    def strips(z, columns, t, block):
+        """exp((s - 1) / t), rows i to i + block at a time -> i, first column, strip: all columns, or in one
+        process from i on. Cosines s are at most 1, so that exp never overflows and no row maximum is needed."""
+        alone = len(columns) == len(z)
+        for i in range(0, len(z), block):
+            first, own = (i, 0) if alone else (0, i + dist.get_rank() * len(z))  # own: the column of row i
+            e = torch.addmm(z.new_full((), -1 / t), z[i:i + block], columns[first:].T, alpha=1 / t).exp_()
+            e.diagonal(own).zero_()  # no clip is its own negative
+            yield i, first, e
 
     @staticmethod
     def backward(ctx, grad):
@@ -577,12 +570,10 @@ class NTXent(torch.autograd.Function):
         z, scale, columns, sums, all_sums = ctx.saved_tensors
         n, block, inverse, all_inverse = len(z), ctx.block, 1 / sums, 1 / all_sums
         dz = -2 * z.roll(n // 2, 0)  # -(Y + Y^T) z
-        for i in range(0, n, block):
-            e = NTXent.strip(ctx, z, columns, i) if ctx.kept is None else ctx.kept[i]
-            first = i if ctx.symmetric else 0
+        for i, first, e in ctx.kept or NTXent.strips(z, columns, ctx.temperature, block):
             g = (inverse[i:i + block, None] + all_inverse[first:]).mul_(e)  # P + P^T, as e is symmetric
             dz[i:i + block].addmm_(g, columns[first:])
-            if ctx.symmetric:
+            if len(columns) == n:
                 dz[i + block:].addmm_(g[:, block:].T, z[i:i + block])
         dz -= z * (z * dz).sum(1, keepdim=True)  # through z = x / |x|: nothing along z is left
         # over the own n rows, not all N: gradients of processes are averaged, not summed
@@ -891,8 +882,7 @@ class AudioFolder(Dataset):
     def read(self, file, a, b):
         """Two segments of a file, at places a and b in 0..1."""
         import soundfile  # here, so that generated music needs no decoder
-        if not os.path.isfile(file):
-            raise ValueError("not a file, or gone")
+        need(os.path.isfile(file), "not a file, or gone")
         if file in self.unopened:  # tried once: about a bad mp3 libsndfile prints pages, each time
             raise ValueError(self.unopened[file])
         try:
@@ -903,20 +893,16 @@ class AudioFolder(Dataset):
         with sound:
             rate, length = sound.samplerate, round(self.seconds * sound.samplerate)
             room = sound.frames - length  # places where a segment can start
-            if room < 0:
-                raise ValueError(f"shorter than {self.seconds:g} s")
+            need(room >= 0, f"shorter than {self.seconds:g} s")
             first, segments = int(a * room), []  # where A starts; B starts between low and high
             low, high = max(0, first - int(self.gap * rate)), min(room, first + int(self.gap * rate))
             for start in (first, low + int(b * (high - low))):
                 sound.seek(start)
                 segments.append(sound.read(length, dtype="float32", always_2d=True).mean(1))
-        if min(map(len, segments)) < length:
-            raise ValueError("ends before its header says")
+        need(min(map(len, segments)) == length, "ends before its header says")
         waves = torch.from_numpy(np.stack(segments))  # [2, length], at the file's own rate
-        if not waves.abs().max() < 1e6:  # 120 dB above full scale; NaN fails as well
-            raise ValueError("holds NaN, infinity or numbers beyond all sound")
-        if waves.abs().amax(1).min() < 1e-4:  # 80 dB below full scale
-            raise ValueError("silent where it was read")
+        need(waves.abs().max() < 1e6, "holds NaN, infinity or numbers beyond all sound")  # 120 dB too loud
+        need(waves.abs().amax(1).min() >= 1e-4, "silent where it was read")  # 80 dB below full scale
         rate = 25 * round(rate / 25)  # at most 3 cents off; 44,101 Hz to the letter takes a filter of minutes
         waves = torchaudio.functional.resample(waves, rate, SAMPLE_RATE)  # its input, where the rates agree
         missing = round(self.seconds * SAMPLE_RATE) - waves.shape[1]  # a few, or below 0: F.pad then cuts
@@ -981,18 +967,17 @@ def key_phase(profile):
 
 @lru_cache
 def calibration_music():
-    """Generated tracks [64, 2, samples] of a seed that is never trained on, and their key signatures [64]."""
-    waves, labels = SyntheticMusic(998).batch(64, 0)
-    return waves, labels["key_signature"]
+    """64 generated tracks of a seed that is never trained on, and their labels."""
+    return SyntheticMusic(998).batch(64, 0)
 
 def calibrate(model, device="cpu", offsets=(MIDDLE,)):
     """The mean profile of music in C major and A minor [12], as CPSD leaves free how y is rotated.
 
     Taken from 64 generated tracks, whose keys we know because we wrote them; no real music is labelled. One
     cadence is too pure: its y snaps to one pitch class, often beside real music's."""
-    waves, signature = calibration_music()
+    waves, labels = calibration_music()
     profile = key_profile(model, waves.flatten(0, 1).to(device), offsets).mean(0)  # [128, 12]
-    down = signature.repeat_interleave(2).tolist()
+    down = labels["key_signature"].repeat_interleave(2).tolist()
     return torch.stack([x.roll(-semitones) for x, semitones in zip(profile, down)]).mean(0)
 
 def key_signature(profile, in_c):
@@ -1051,11 +1036,10 @@ def learning_rate(step, config):
 
 def autocast(device):
     """bf16 where the device multiplies it in hardware (on CPU 1.1 to 2 times as fast), else float32."""
+    cpu = torch.cpu.get_capabilities()
+    fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = torch.cpu.get_capabilities()
-        fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 def losses(model, batch, g, encode=None):
@@ -1121,12 +1105,11 @@ def read_checkpoint(path, *needed):
     data = io.BytesIO(Path(path).read_bytes())  # if the disk fails, the file is not to blame
     try:
         content = torch.load(data, map_location="cpu", weights_only=True)
-        if missing := {"model", "config", *needed} - content.keys():
-            raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        missing = {"model", "config", *needed} - content.keys()
+        need(not missing, f"lacks {', '.join(sorted(missing))}")
         model = build(Config(**content["config"]))
         model.load_state_dict(content["model"])
-        if not all(x.isfinite().all() for x in model.state_dict().values()):
-            raise ValueError("weights are not finite")
+        need(all(x.isfinite().all() for x in model.state_dict().values()), "weights are not finite")
         return content, model
     except Exception as error:  # a hostile or broken file may raise anything
         what = f"cut, foreign or not a checkpoint of mt2 ({brief(error)})"
@@ -1151,8 +1134,7 @@ def load(path, device="cpu"):
 def resume(config, out):
     """-> the state that `out` holds of this very run, None for a new one; refuses anything else."""
     for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--out {out}: {path} is a file; name a folder")
+        need(path.is_dir() or not path.exists(), f"--out {out}: {path} is a file; name a folder")
     if not (out / "state.pt").exists():
         if found := [*out.glob("broken-*"), *out.glob("model.pt")]:
             raise ValueError(f"--out {out}: holds {found[0].name} but no state.pt; name another folder")
@@ -1167,9 +1149,9 @@ def resume(config, out):
         other = getattr(theirs.config, name)
         if name in ("data", "init"):
             mine, other = (x and os.path.normpath(x) for x in (mine, other))  # music/ is music
-        if mine != other and name not in ("out", "device", "workers", "save_every", "compile"):  # may differ
-            what = f"{name} = {other}, not {mine}"
-            raise ValueError(f"--out {out}: holds a run with {what}; name another folder")
+        may_differ = name in ("out", "device", "workers", "save_every", "compile")
+        what = f"holds a run with {name} = {other}, not {mine}"
+        need(mine == other or may_differ, f"--out {out}: {what}; name another folder")
     return state
 
 def open_log(path, columns, last_step):
@@ -1189,8 +1171,7 @@ def open_log(path, columns, last_step):
         file.write(header)
     file.seek(0)
     first, *rows = file.read().splitlines(keepends=True)
-    if first != header:
-        raise ValueError(f"{path}: not a log of mt2; name another --out")
+    need(first == header, f"{path}: not a log of mt2; name another --out")
     end = len(header)  # of what is kept, in bytes: in ascii, characters
     for row in rows:
         step, whole = row.split(",")[0], row.endswith("\n") and row.count(",") == len(columns) - 1
@@ -1205,8 +1186,7 @@ def pick_device(name):
     there can be wrong without a word (pytorch issues 177116, 180201), and it could not be tried here."""
     there = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     name = there[0] if name == "auto" else name
-    if name not in there:
-        raise ValueError(f"--device {name}: mt2 can use {' or '.join(there)} here")
+    need(name in there, f"--device {name}: mt2 can use {' or '.join(there)} here")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 def keep_memory():
@@ -1382,8 +1362,8 @@ def run(config, signals):
                 b.copy_(before)
             what = ", ".join(k for k, v in values.items() if not math.isfinite(v)) or "the gradient"
             say(f"step {step + 1}: {what} is not finite, update skipped ({bad} in a row)")
-            if bad == 10:
-                raise FloatingPointError(f"{out}: ten updates in a row are not finite; lower --lr")
+            if bad == 10 or step + 1 == c.steps:
+                raise FloatingPointError(f"{out}: {bad} bad updates; the save before stands; lower --lr")
 
         # log, watch for the shortcut, save
         if rank == 0:
@@ -1414,8 +1394,6 @@ def run(config, signals):
                 print(f"{out}: stopped, {saved}; the same command goes on from there")
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])  # what a shell reports of such an end
     bar.close()
-    if bad:
-        raise FloatingPointError(f"{out}: the last update is not finite; the save before stands; lower --lr")
     return out
 
 # ---- The command line -----------------------------------------------------------------------------------
@@ -1426,10 +1404,9 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: sys.exit(f"mt2: {message}; python mt2.py --help lists the flags")
     for field in dataclasses.fields(Config):
-        flag, kind, default = "--" + field.name.replace("_", "-"), field.type, field.default
-        if kind is tuple:
-            kind, default = str, ",".join(default)
-        parser.add_argument(flag, type=kind, default=default, help=field.metadata["help"])
+        kind = str if field.type is tuple else field.type
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default,
+                            help=field.metadata["help"])
     try:
         out = train(Config(**vars(parser.parse_args())))
         if int(os.environ.get("RANK", 0)) == 0:

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections import defaultdict
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -29,24 +28,19 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torchaudio.functional import resample
 from tqdm import tqdm
 
 import mt2
-from mt2 import HOP, SAMPLE_RATE, SAMPLES, SECONDS
+from mt2 import HOP, SAMPLE_RATE, SAMPLES, SECONDS, need
 
 READOUTS = ("eq", "con", "cls_avg", "seq_avg", "all_avg")  # of a clip; frame tasks read its sequence tokens
 HOP_S = HOP / SAMPLE_RATE  # 32 ms
 PITCHES = "C Db D Eb E F Gb G Ab A Bb B".split()
 MINORS = "C C# D Eb E F F# G G# A Bb B".split()  # as minor keys are usually spelt
 KEYS = [f"{p} major" for p in PITCHES] + [f"{p} minor" for p in MINORS]
-CHORDS = [f"{p}:maj" for p in PITCHES] + [f"{p}:min" for p in PITCHES] + ["N"]
 progress = partial(tqdm, disable=None, leave=False)  # a bar on stderr, if that is a screen
-
-def need(good, message):
-    """ValueError with a one-line message for the user, unless all is good."""
-    if not good:
-        raise ValueError(message)
 
 # ---- Readouts. A system: waves [B, T] at 16 kHz -> {readout: [layers, B, D], of frames [layers, B, 126, D]}
 
@@ -79,10 +73,9 @@ def of_model(model, spectra):
 def attention(model, wave):
     """Attention to frames by class tokens and, on average, by frames: {name: [blocks, B, heads, frames]}."""
     n, passes = len(model.class_tokens), model.passes(wave)  # layer i of a pass is what block i is given
-    def look(block, x):
-        return block.attention(*block.project(x)[:2])[..., n:]  # [B, heads, N, frames]
-    # [passes, blocks, B, heads, N, frames]
-    maps = torch.stack([torch.stack([*map(look, model.blocks, layers)]) for layers in passes])
+    maps = [block.attention(*block.project(x)[:2])[..., n:]  # [B, heads, N, frames]
+            for layers in passes for block, x in zip(model.blocks, layers)]
+    maps = torch.stack(maps).unflatten(0, (len(passes), -1))  # [passes, blocks, B, heads, N, frames]
     # eq reads the first pass, without mel, con the last, as in MT2.layers
     paid = {name: maps[0 if name == "eq" else -1, ..., i, :] for i, name in enumerate(model.class_tokens)}
     return paid | {"seq": maps.mean(0)[..., n:, :].mean(3)}
@@ -113,11 +106,9 @@ def of_package(spec, device, download=False, trust=False):
     kind, _, where = spec.partition(":")
     # of transformers 5 neither MERT nor MusicFM gets hidden states (seen with their own code)
     known = dict(muq="pip install muq 'transformers<5'; FOLDER holds config and weights",
-                 mert="pip install 'transformers<5'; FOLDER holds config, weights and their code, "
-                      "which --trust-remote-code runs",
+                 mert="pip install 'transformers<5'; FOLDER holds config, weights, code; --trust-remote-code",
                  musicfm="github.com/minzwon/musicfm on PYTHONPATH; pip install einops 'transformers<5'; "
                          "FOLDER holds stats and weights; --download once, for a config it asks for by name")
-    need(where, f"--encoder {spec}: write muq:FOLDER, mert:FOLDER, musicfm:FOLDER or module:callable")
     if kind in known and not download:
         need(Path(where).is_dir(), f"--encoder {spec}: no such folder; or add --download to fetch it by name")
         os.environ["HF_HUB_OFFLINE"] = "1"  # a local folder never asks the network
@@ -155,7 +146,7 @@ def of_package(spec, device, download=False, trust=False):
         return read
     except Exception as error:  # foreign code raises anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        wants = known.get(kind, "a module on PYTHONPATH whose callable gives a list of [B, frames, dim]")
+        wants = known.get(kind, "module:callable on PYTHONPATH that gives a list of [B, frames, dim]")
         raise ValueError(f"--encoder {spec}: {reason}; it needs {wants}") from None
 
 # ---- Probes: one linear layer for each layer x readout x strength of weight decay, all in one computation
@@ -231,7 +222,7 @@ KINDS = dict(key="key", tempo="tempo", bpm="tempo", chord="chord", chords="chord
 
 class Task(NamedTuple):
     """What to predict, and how well it was done."""
-    y: torch.Tensor      # targets [files, C] or, per frame, [windows, frames, C]; NaN without label
+    y: torch.Tensor      # targets [windows, C] or, per frame, [windows, frames, C]; NaN without label
     owner: torch.Tensor  # [windows] the file of each
     score: Callable      # (probabilities like y, test files, validation files) -> {metric: value}
     multi: bool = False  # C independent tags, not exclusive classes
@@ -242,11 +233,10 @@ def ranking(truth, scores):
     ap, auc = [], []
     for t, s in zip(truth.T > 0, scores.T):
         if 0 < t.sum() < len(t):
-            yes, no = np.sort(s[t]), np.sort(s[~t])  # scores of positives and of negatives
-            above = lambda v, side: len(v) - np.searchsorted(v, yes, side)  # at each positive's score
-            hits, misses = above(yes, "left"), above(no, "left")  # as high or higher
+            yes, no = s[t, None], s[~t]  # scores of positives, as a column, and of negatives
+            hits, misses = (yes <= s[t]).sum(1), (yes <= no).sum(1)  # for each positive: as high or higher
             ap.append((hits / (hits + misses)).mean())
-            auc.append(1 - (misses + above(no, "right")).mean() / 2 / len(no))
+            auc.append(((yes > no).mean() + (yes >= no).mean()) / 2)
     return {"map": np.mean(ap or math.nan), "roc_auc": np.mean(auc or math.nan)}  # NaN without any
 
 def tempo_accuracy(truth, estimate):
@@ -254,41 +244,40 @@ def tempo_accuracy(truth, estimate):
     near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]
     return {"acc1": near[0].mean(), "acc2": np.any(near, 0).mean()}
 
-def chord_class(label, path="a chord"):
-    """Chord label (Harte) in a file -> index into CHORDS; -1: neither major nor minor nor N. ValueError."""
-    import mir_eval
-    try:
-        root, notes, _ = mir_eval.chord.encode(label)
-    except mir_eval.chord.InvalidChordException:
-        raise ValueError(f"{path}: '{label}' is no chord; write C:maj, A:min, N") from None
+def chord_class(label):
+    """Chord label (Harte) -> root, + 12 if minor, 24 for N, -1 for others. InvalidChordException."""
+    import mir_eval  # where it is used, as soundfile: the benchmark does without them
+    root, notes, _ = mir_eval.chord.encode(label)
     triad = "".join(str(int(note)) for note in notes[:8])  # semitones from the root to the fifth
     return {"10001001": root, "10010001": 12 + root}.get(triad, 24 if label == "N" else -1)
 
 def clip_task(name, truth, owner):
-    """Truth, one per file, None if not labelled: a class, an index into KEYS, BPM, or a set of tags."""
+    """Truth, a set per file, None if not labelled: of a class, an index into KEYS, BPM, or of tags."""
     from mir_eval.key import weighted_score
-    kind, tags = KINDS.get(name), any(isinstance(v, set) for v in truth)
-    labels = [v if tags or v is None else {v} for v in truth]
-    classes = sorted(set().union(*filter(None, labels)))  # those that occur
+    kind, labels = KINDS.get(name), truth
+    tags = kind == "tags" or any(len(v) != 1 for v in truth if v is not None)
+    classes = sorted(set().union(*filter(None, truth)))  # those that occur
     if kind == "key":
         classes = range(24)  # in fixed places, for mir_eval
     if kind == "tempo":  # 5 % apart: the nearest lies within 2.5 %
         classes = [classes[0] * 1.05 ** i for i in range(2 + int(math.log(classes[-1] / classes[0], 1.05)))]
-        labels = [v and {min(classes, key=lambda c: abs(c - bpm)) for bpm in v} for v in labels]
+        labels = [v and {min(classes, key=lambda c: abs(c - bpm)) for bpm in v} for v in truth]
     y = torch.tensor([[math.nan if v is None else float(c in v) for c in classes] for v in labels])
 
     def score(p, test, valid):
+        count = owner.bincount(minlength=len(y))[:, None]  # windows of each file, over which p is averaged
+        p = torch.zeros_like(y).index_add(0, owner, p) / count  # [files, C]
         right, said = y[test].numpy(), p[test].numpy()  # [files, C]
         if tags:
             return ranking(right, said)
         right, said = right.argmax(1), said.argmax(1)
         if kind == "tempo":
-            return tempo_accuracy(np.array([truth[i] for i in test]), np.array(classes)[said])
+            return tempo_accuracy(np.array([bpm for i in test for bpm in truth[i]]), np.array(classes)[said])
         scores = {"accuracy": (right == said).mean()}
         if kind == "key":
             scores["mirex"] = np.mean([weighted_score(KEYS[a], KEYS[b]) for a, b in zip(right, said)])
         return scores
-    return Task(y, owner, score, tags)
+    return Task(y[owner], owner, score, tags)
 
 def chord_task(name, truth, owner, now):
     """Truth: (intervals [n, 2] in s, classes [n]) per file; windows: their files, times of their frames.
@@ -301,7 +290,7 @@ def chord_task(name, truth, owner, now):
             last = torch.searchsorted(begin, now[i], right=True) - 1  # the chord that began last; -1: none
             within = (last >= 0) & (now[i] < end[last])
             index[i] = torch.tensor(classes)[last].where(within, -1)
-    y = F.one_hot(index.clamp_min(0), len(CHORDS)).float().masked_fill(index[..., None] < 0, math.nan)
+    y = F.one_hot(index.clamp_min(0), 25).float().masked_fill(index[..., None] < 0, math.nan)
 
     def score(p, test, valid):
         known = torch.isin(owner, test)[:, None] & (index >= 0)  # [windows, frames]
@@ -335,7 +324,8 @@ def event_task(name, truth, owner, now):
             mine = owner == file
             true = truth[file][truth[file] < now[mine].max().item()]  # of a long file only the start is read
             if len(true):  # F is not defined where nothing happens
-                values.append(f_measure(true, now[mine, :-1][said[mine]].numpy()))
+                guess = now[mine, :-1][said[mine]].numpy()
+                values.append(f_measure(true, guess) if len(guess) else 0)  # of which mir_eval would warn
         return {"f_measure": np.mean(values or math.nan)}
     return Task(y, owner, score, multi=True)
 
@@ -350,11 +340,11 @@ def generated(truth):
     names, start = list(mt2.INSTRUMENTS), np.arange(mt2.FRAMES) * HOP_S
     spans = np.stack([start, start + HOP_S], 1)  # a chord per frame, as read from a .lab file
     for part, (clips, local) in enumerate(zip(torch.arange(sum(COUNTS)).split(COUNTS), LOCAL)):
-        music = mt2.SyntheticMusic(1001 + part)  # training seeds start at 4096
+        music = mt2.SyntheticMusic(1001 + part)  # trained on from 4096; 998 calibrates, 999 watches
         for step, files in enumerate(clips.split(CHUNK)):  # a clip is a file
             waves, labels = music.batch(CHUNK, step)  # half of the tracks rich, half easy
             for task in ("key", "key_signature", "instrument", "tempo"):
-                truth[task] += labels[task].tolist()
+                truth[task] += [{label} for label in labels[task].tolist()]
             # as in MagnaTagATune, tags for both class tokens: key signature (eq) and lead instrument (con)
             both = zip(labels["key_signature"].tolist(), labels["instrument"].tolist())
             truth["tags"] += [{PITCHES[key], names[i]} for key, i in both]
@@ -363,28 +353,19 @@ def generated(truth):
                 truth[task] += [np.sort(times[times >= 0]) for times in labels[f"{task}s"][:, 0].numpy()]
             yield waves[:, 0], files, torch.zeros(CHUNK), step * CHUNK < local  # only segment A
 
-def open_sound(path):
-    """-> soundfile.SoundFile, or ValueError."""
-    import soundfile
-    what = "a folder; name its files" if Path(path).is_dir() else "no such file"
-    need(Path(path).is_file(), f"{path}: {what}")
-    try:
-        return soundfile.SoundFile(os.fsencode(path))  # a name need not be valid text
-    except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
-        raise ValueError(f"{path}: not a sound file that can be read; give wav, flac, ogg or mp3") from None
-
 def cut(path):
     """Sound file -> mono 16 kHz windows [n, 64000], one after another, the last padded, or dropped if shorter
     than a quarter of a window and not all there is. ValueError."""
-    with open_sound(path) as file:
-        rate = 25 * round(file.samplerate / 25)  # as in mt2.AudioFolder
-        need(1000 <= rate <= 10 ** 6, f"{path}: {file.samplerate} Hz is no rate of sound; remove it")
-        try:
+    import soundfile
+    need(Path(path).is_file(), f"{path}: no such file; name sound files, not folders")
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be valid text
+            rate = 25 * round(file.samplerate / 25)  # as in mt2.AudioFolder
             wave = file.read(int(LIMIT * file.samplerate), dtype="float32", always_2d=True).mean(1)
-        except RuntimeError:
-            raise ValueError(f"{path}: broken or cut short; replace or remove it") from None
-        good = len(wave) and np.abs(wave).max() < 1e6  # 120 dB above full scale; NaN fails as well
-        need(good, f"{path}: holds no sound, or NaN, infinity or numbers beyond all sound; remove it")
+    except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
+        raise ValueError(f"{path}: not a sound file, or broken; give whole wav, flac, ogg or mp3") from None
+    good = 1000 <= rate <= 10 ** 6 and len(wave) and np.abs(wave).max() < 1e6  # + 120 dB; NaN fails as well
+    need(good, f"{path}: holds no sound, or NaN, infinity, a level or a rate beyond all sound; remove it")
     wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
         tqdm.write(f"{path}: shorter than {SECONDS:g} s, padded with silence", file=sys.stderr)
@@ -407,53 +388,50 @@ def none_lost(found, files):
 
 def read_labels(path, kind, sound):
     """Label file -> times [n] in s of events; of chords (intervals [n, 2] in s, classes [n]). ValueError."""
-    width = 2 if kind == "chord" else 1  # times in a line
+    import soundfile
+    from mir_eval.chord import InvalidChordException
     need(path.is_file(), f"{path}: no such label file; fix the column")
     try:
         rows = [line.split() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        times = np.array([row[:width] for row in rows], float)
-        labels = [label for _, _, label in rows] if kind == "chord" else []
-        good = times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # written labels are rounded
-    except (ValueError, IndexError):
-        good = False
-    line = "two rising times in seconds and a chord like A:min" if kind == "chord" else "a time in seconds"
-    need(good, f"{path}: empty or not labels; a line holds {line}")
+        times = np.array([row[:2 if kind == "chord" else 1] for row in rows], float)
+        chords = [chord_class(label) for _, _, label in rows] if kind == "chord" else []
+        rising = rows and times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # as written, rounded
+        need(rising, "no times that rise")
+    except (ValueError, InvalidChordException) as error:
+        line = "two rising times in seconds, a chord like A:min" if kind == "chord" else "a time in seconds"
+        raise ValueError(f"{path}: empty or not labels ({error}); a line holds {line}") from None
     last, seconds = times.max(), math.inf  # of a broken sound, as reading it will name it
-    with suppress(ValueError), open_sound(sound) as file:
-        seconds = file.frames / file.samplerate
+    with suppress(RuntimeError, TypeError):
+        seconds = soundfile.info(os.fsencode(sound)).duration
     need(last < seconds + 0.5, f"{path}: a label at {last:.2f} s, but the sound ends at {seconds:.2f} s")
-    return (times, [chord_class(label, path) for label in labels]) if labels else np.sort(times[:, 0])
+    return (times, chords) if chords else np.sort(times[:, 0])
 
-def parse(task, text, folder, sound):
-    """A manifest's cell, and its sound file -> what tasks call truth; None of an empty one. ValueError."""
+def parse(kind, text, folder, sound):
+    """A manifest's cell of a kind, and its sound file -> what tasks call truth. ValueError."""
     from mir_eval.key import KEY_TO_SEMITONE
-    kind = KINDS.get(task, "tags" if "|" in text else "class")
-    if not text:
-        return None
     if kind == "key":
         tonic, _, mode = text.replace(":", " ").lower().partition(" ")  # as in C:maj, f# minor
         tonics = KEY_TO_SEMITONE | {"cb": 11, "fb": 4, "e#": 5, "b#": 0}  # which mir_eval leaves out
         index = tonics.get(tonic), {"maj": 0, "min": 12}.get(mode.strip()[:3])
         need(None not in index, f"'{text}' is no key like C major or F# minor")
-        return sum(index)
+        return {sum(index)}
     if kind == "tempo":
         good = text.replace(".", "", 1).isdecimal() and 10 <= float(text) <= 1000
         need(good, f"'{text}' is not 10 to 1000 beats per minute")
-        return float(text)
+        return {float(text)}
     if kind in FRAME_TASKS:
         return read_labels(folder / text, kind, sound)
-    return {tag.strip() for tag in text.split("|") if tag.strip()} if kind == "tags" else text
+    return {tag.strip() for tag in text.split("|") if tag.strip()}  # a class is a single tag
 
 def manifest(path, tasks, seed=0, for_probe=True):
     """-> files, {task: truth per file}, {task: (train, valid, test) file numbers}. ValueError or OSError for
     what is wrong with it, before anything is computed; for_probe: also for what no probe can be fit on."""
-    need(Path(path).is_file(), f"--data {path}: no such file; give a manifest, see README.md")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
             rows, columns = list(reader), reader.fieldnames or ()
-    except (UnicodeDecodeError, csv.Error):
-        raise ValueError(f"{path}: not a CSV text file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--data {path}: {error}; give a CSV text file, see README.md") from None
     folder, truth, parts = Path(path).parent, {}, {}
     for name in ("path", *tasks):
         need(columns.count(name) == 1, f"{path}: must have one column '{name}'; has: {', '.join(columns)}")
@@ -470,22 +448,20 @@ def manifest(path, tasks, seed=0, for_probe=True):
     wrong = sorted(set(split) - {"train", "valid", "test"})
     need(not wrong, f"{path}: split {wrong[:1]} is not train, valid or test")
     for task in tasks:
+        cells = [row[task].strip() for row in rows]
+        kind = KINDS.get(task, "tags")
         try:
-            truth[task] = [parse(task, row[task].strip(), folder, file) for row, file in zip(rows, files)]
+            truth[task] = [parse(kind, cell, folder, file) if cell else None
+                           for cell, file in zip(cells, files)]
         except ValueError as error:
             raise ValueError(f"{path}, column '{task}': {error}") from None
-        if any(isinstance(v, set) for v in truth[task]):  # a file with a single tag has no bar
-            truth[task] = [{v} if isinstance(v, str) else v for v in truth[task]]
-        labelled = [i for i, v in enumerate(truth[task]) if v is not None]
-        parts[task] = [torch.tensor([i for i in labelled if split[i] == part], dtype=torch.long)
+        parts[task] = [torch.tensor([i for i, cell in enumerate(cells) if cell and split[i] == part]).long()
                        for part in ("train", "valid", "test")]
         train, _, test = parts[task]
         few = f"{len(train)} labels in train and {len(test)} in test; it needs 2 and 1"
         need(not for_probe or len(train) > 1 and len(test), f"{path}: column '{task}' has {few}")
-        kind = KINDS.get(task, "tags")  # a class is like a single tag
         if for_probe and kind not in FRAME_TASKS:
-            sets = [v if isinstance(v, set) else {v} for v in truth[task]]
-            known, asked = (set().union(*(sets[i] for i in part)) for part in (train, test))
+            known, asked = (set().union(*(truth[task][i] for i in part)) for part in (train, test))
             new = sorted(asked - known) if kind == "tags" else []
             need(len(known) > 1, f"{path}: column '{task}' has one class only in train; a probe needs two")
             need(not new, f"{path}, column '{task}': {new[:1]} in test, not in train; drop it or split anew")
@@ -498,12 +474,10 @@ def collect(systems, batches, device):
     """Run every system over batches of (waves [B, T], file of each, start of each in s, whether its frames
     are kept) -> features {system: {readout: [layers, N, D] or, of the n windows whose frames are kept,
     [layers, n, 126, D]}}; of all N windows the file, times of frames [N, 126] in s, whether they are kept."""
-    found, owner, now, kept = {name: defaultdict(list) for name in systems}, [], [], []
+    found, windows = {name: defaultdict(list) for name in systems}, []
     for waves, files, start, frames in batches:
-        waves = waves.to(device)
-        owner.append(files)
-        now.append(start[:, None] + torch.arange(mt2.FRAMES) * HOP_S)
-        kept.append(torch.full((len(files),), frames))
+        waves, now = waves.to(device), start[:, None] + torch.arange(mt2.FRAMES) * HOP_S
+        windows.append((files, now, torch.full((len(files),), frames)))
         for (name, seeds), read in systems.items():
             if not frames and name.endswith(" attention"):  # which has nothing but frames
                 continue
@@ -512,20 +486,19 @@ def collect(systems, batches, device):
                     x = x if x.ndim == 3 else x.half()  # frames are many
                     need(x.isfinite().all(), f"{name}, {readout}: NaN, infinity or beyond half precision")
                     found[name, seeds][readout].append(x.cpu())
-    need(owner, "no sound could be read")
+    need(windows, "no sound could be read")
     found = {name: {r: torch.cat(x, 1) for r, x in features.items()} for name, features in found.items()}
-    return found, torch.cat(owner), torch.cat(now), torch.cat(kept)
+    return found, *map(torch.cat, zip(*windows))
 
 def evaluate(x, task, part, device, mix=False):
     """Features x [G, windows, D] or [G, windows, frames, D] -> G scores {metric: value}, G held-out losses;
-    of a mixture one of each, and its weights. Probabilities of windows are averaged per file. ValueError."""
+    of a mixture one of each, and its weights. ValueError."""
     train, valid, test = part  # file numbers
     if x.ndim == 4 and x.shape[-1] == 1:  # an onset curve, or what is as narrow, speaks for itself
-        held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]
+        held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]  # in place of a loss
         return [task.score(p, test, valid) for p in x.float()], held, None
-    frames = task.y.ndim == 3  # a frame task's targets are [windows, frames, C]
     # windows, or all their frames, become rows: y [rows, C], flat [G, rows, D], the file of each row
-    y, flat = (task.y if frames else task.y[task.owner]).flatten(0, -2), x.flatten(1, -2)
+    y, flat = task.y.flatten(0, -2), x.flatten(1, -2)
     owner, data = task.owner.repeat_interleave(len(y) // len(task.owner)), []
     for files, least in ((train, 2), (valid, 1)):
         rows = (torch.isin(owner, files) & y.isfinite().all(-1)).nonzero()[:, 0]  # with a label
@@ -534,15 +507,9 @@ def evaluate(x, task, part, device, mix=False):
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
         data += [flat[:, rows].to(device).float(), y[rows].to(device)]  # frames travel as halves
     predict, loss, weights = probe(*data, task.multi, mix)
-    with torch.no_grad():
-        # [G, windows (x frames), C], in parts: frames of all layers at once would fill the memory
-        logits = torch.cat([predict(v.to(device).float()).cpu() for v in flat.split(2 ** 14, dim=1)], dim=1)
-    p = activate(logits, task.multi)  # [G, windows (x frames), C]
-    if frames:
-        p = p.unflatten(1, task.y.shape[:2])
-    else:
-        count = owner.bincount(minlength=len(task.y)).clamp_min(1)[:, None]  # windows of each file
-        p = p.new_zeros(len(p), *task.y.shape).index_add_(1, owner, p) / count
+    # [G, rows, C], in parts: frames of all layers at once would fill the memory
+    logits = torch.cat([predict(v.to(device).float()).cpu() for v in flat.split(2 ** 14, dim=1)], dim=1)
+    p = activate(logits, task.multi).unflatten(1, task.y.shape[:-1])  # [G, windows(, frames), C]
     return [task.score(q, test, valid) for q in p], loss.tolist(), weights
 
 def study(found, tasks, parts, device, mix):
@@ -579,56 +546,46 @@ def study(found, tasks, parts, device, mix):
                              valid_loss=number(np.mean(losses))))
     return rows
 
-def by_task(results):
-    """{(encoder, task): its rows, of the main metric, where it is defined}; undefined losses are infinite."""
+def grouped(results, *keys):
+    """{values of keys: rows with them, of the main metric, where it is defined}; no loss is infinite loss."""
     rows = defaultdict(list)
     for row in results:
         if row["metric"] in ("accuracy", "acc1", "map", "majmin", "f_measure") and row["value"] is not None:
             loss = math.inf if row["valid_loss"] is None else row["valid_loss"]
-            rows[row["encoder"], row["task"]].append(row | {"valid_loss": loss})
+            rows[tuple(row[key] for key in keys)].append(row | {"valid_loss": loss})
     return rows
 
 def table(results):
     """Print scores at the layer of the lowest validation loss and at the last; ±: the std over seeds."""
     cells = {row["encoder"]: defaultdict(dict) for row in results}  # {system: {readout: {task: text}}}
     metrics = {}  # {task: its main metric}
-    for (system, task), rows in by_task(results).items():
-        metrics[task] = rows[0]["metric"]
-        for readout in dict.fromkeys(row["readout"] for row in rows):
-            layers = [row for row in rows if row["readout"] == readout]
-            shown = {readout: min(layers, key=lambda row: row["valid_loss"])}
-            if len(layers) > 1:
-                shown[f"{readout} last"] = layers[-1]
-            for name, row in shown.items():
-                layer = f" L{row['layer']}" if len(layers) > 1 else ""
-                cells[system][name][task] = f"{row['value']:.3f}±{row['std']:.3f}{layer}"
+    for (system, task, readout), layers in grouped(results, "encoder", "task", "readout").items():
+        metrics[task] = layers[0]["metric"]
+        shown = {readout: min(layers, key=lambda row: row["valid_loss"])}
+        if len(layers) > 1:
+            shown[f"{readout} last"] = layers[-1]
+        for name, row in shown.items():
+            layer = f" L{row['layer']}" if len(layers) > 1 else ""
+            cells[system][name][task] = f"{row['value']:.3f}±{row['std']:.3f}{layer}"
     grid = [("", "", *metrics), ("system", "readout", *metrics.values())]
     grid += [(system, readout, *(line.get(task, "") for task in metrics))
              for system, lines in cells.items() for readout, line in lines.items()]
     widths = [max(map(len, column)) for column in zip(*grid)]
     print("\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in grid))
 
-# ---- Figures: PNG, colour-blind safe (Okabe-Ito; cividis)
+# ---- Figures: PNG, colour-blind safe (Okabe-Ito; cividis); without pyplot they need no screen
 COLOURS = dict(zip((*READOUTS, "seq"), ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")))
 REFERENCES = ("untrained", "log-mel", "chroma", "flux")  # and all whose names end in " attention"
 
-def canvas(width, height):
-    """A figure of this size in inches; without pyplot it needs no screen."""
-    from matplotlib.figure import Figure
-    return Figure((width, height), layout="constrained")
-
 def ready(path):
-    """Make the folder of a file that is to be written. ValueError, before the work, if it cannot be."""
-    folder = Path(path).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        good = os.access(folder, os.W_OK) and not Path(path).is_dir()
-    except OSError:
-        good = False
+    """ValueError, before the work, if a file cannot be written; `write` makes the folders that lack."""
+    there = next(filter(os.path.lexists, Path(path).absolute().parents))
+    good = there.is_dir() and os.access(there, os.W_OK) and not Path(path).is_dir()
     need(good, f"--out: {path} cannot be written; name another place")
 
 def write(path, content):
     """Bytes, text or a figure -> file, whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     if hasattr(content, "savefig"):
         content.savefig(buffer := io.BytesIO(), format="png", dpi=110)
         content = buffer.getvalue()
@@ -638,11 +595,12 @@ def write(path, content):
 
 def layers_figure(results):
     """Scores over layers, a panel per task, a line per readout; horizontal: a reference at its best layer."""
-    rows, tasks, handles = by_task(results), list(dict.fromkeys(row["task"] for row in results)), {}
+    rows, handles = grouped(results, "encoder", "task"), {}
+    tasks = list(dict.fromkeys(row["task"] for row in results))
     systems = list(dict.fromkeys(system for system, _ in rows))
     references = [s for s in systems if s in REFERENCES or s.endswith(" attention")]
     width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)  # one more for the legend
-    figure = canvas(3.2 * width, 2.7 * height)
+    figure = Figure((3.2 * width, 2.7 * height), layout="constrained")
     panels = {task: figure.add_subplot(height, width, 1 + i) for i, task in enumerate(tasks)}
     for (system, task), mine in rows.items():
         ax = panels[task]
@@ -671,7 +629,7 @@ def similarity_figure(model, waves):
     seq = seq.flatten(1, 2)  # [layers, 25 n, dim]
     seq = F.normalize(seq - seq.mean(1, keepdim=True), dim=-1).cpu().numpy()
     width, height, extent = min(5, len(seq)), math.ceil(len(seq) / 5), (0, SECONDS * len(waves)) * 2
-    figure = canvas(2.8 * width + 1, 2.8 * height + 0.8)
+    figure = Figure((2.8 * width + 1, 2.8 * height + 0.8), layout="constrained")
     for layer, x in enumerate(seq):  # x [25 n, dim]
         ax = figure.add_subplot(height, width, layer + 1)
         image = ax.imshow(x @ x.T, cmap="cividis", vmin=-1, vmax=1, origin="lower", extent=extent)
@@ -683,7 +641,7 @@ def similarity_figure(model, waves):
 def attention_figure(model, wave):
     """Log-mel spectrogram of a window [1, 64000]; below, what the class tokens attend to, a row per head."""
     mel, paid, n = model.front_end(wave)[0].cpu().numpy(), attention(model, wave), len(model.class_tokens)
-    figure = canvas(9, 2.6 + 1.9 * n)
+    figure = Figure((9, 2.6 + 1.9 * n), layout="constrained")
     top, *below = figure.subplots(1 + n, sharex=True)
     style = dict(cmap="cividis", aspect="auto", interpolation="nearest")
     extent = (0, SECONDS, 0, mt2.N_MELS)  # s and mel bands
@@ -712,7 +670,7 @@ def circle_figure(model, waves):
     bin_of_c = (mt2.key_phase(torch.eye(12)) * c_major.conj()).real.argmax()
     fifths = 7 * torch.arange(12) % 12
     y = y[:, (fifths + bin_of_c) % 12]  # [n, 12] around the circle
-    figure = canvas(7, 6)
+    figure = Figure((7, 6), layout="constrained")
     ax = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     time, turn = np.arange(len(y) + 1), math.pi / 6  # s, and the angle of a fifth
     y = y.repeat_interleave(9, 1).numpy()  # so that the cells look round
@@ -753,8 +711,8 @@ def measure(models, others, args, device):
     # a name and the seeds of its probes: models of an ablation share the name, not the seed
     systems = {(name, seeds): of_model(model, spectra) for name, seeds, model in models} | others
     systems |= {(name, SEEDS): of_spectrum(name, spectra) for name in ("log-mel", "chroma", "flux")}
-    systems |= {(f"{name} attention", seeds[:1]): of_attention(net)
-                for name, seeds, net in models if net.class_tokens}
+    systems |= {(f"{name} attention", seeds[:1]): of_attention(model)  # one: no probe is fit
+                for name, seeds, model in models if model.class_tokens}
     found, owner, now, kept = collect(systems, progress(batches, "music", total), device)
     tasks = {}
     for name in asked:
@@ -833,7 +791,7 @@ def command_key(args, device):
         else:
             tqdm.write(f"{major + ' or ' + minor:20} confidence {sure:.2f}  {file}")
         if truth:
-            label = truth["key"][i]
+            label, = truth["key"][i]
             signature = label + 3 * (label > 11)  # 12 + t is t minor, whose relative major is t + 3
             away.append(7 * (tonic - signature) % 12)  # in fifths
             windows += (mt2.key_signature(y.mean(0), in_c) == signature % 12).tolist()
@@ -847,10 +805,9 @@ def command_key(args, device):
 def command_figures(args, device):
     """Of a sound file: ssm.png (its first 32 s), attention.png (4 s) and circle.png (a minute; needs eq)."""
     out = Path(args.out or "pictures")
-    open_sound(args.file).close()
+    ready(out / "ssm.png")
     model = mt2.load(args.run, device)
     need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")
-    ready(out / "ssm.png")  # only now: a wrong name leaves no folder behind
     waves = cut(args.file)[:15].to(device)
     write(out / "ssm.png", similarity_figure(model, waves[:8]))
     write(out / "attention.png", attention_figure(model, waves[:1]))
@@ -891,7 +848,6 @@ def main(words=None):
     for flag in (*flags.split(), "--device"):
         parser.add_argument(flag.rstrip("*+"), **FLAGS[flag])
     args = parser.parse_intermixed_args(words)  # songs may stand before flags, behind them or both
-    warnings.filterwarnings("ignore", module="mir_eval")  # an empty estimate scores 0, and needs no comment
     try:
         function(args, mt2.pick_device(args.device))
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:

