@@ -77,7 +77,7 @@ class Config:
     encoder: str = knob("vit", "vit: MT2 | tune: TUNe and CLMR, waveform, contrastive only", "vit", "tune")
     expansion: int = knob(4, "of TUNe: expansion layers, 1 to 4; 0 is CLMR's SampleCNN", 0, 4)
     tasks: tuple = knob("eq,con", "class tokens, in token order: eq,con | eq | con", "eq,con", "eq", "con")
-    inputs: tuple = knob("mel,vqt", "branches, whose tokens are added", "mel,vqt", "mel", "vqt", "wave")
+    inputs: tuple = knob("mel,vqt", "added branches: mel,vqt | mel | vqt", "mel,vqt", "mel", "vqt", "wave")
     steps: int = knob(2400, "optimiser steps (paper: about 1000 epochs of 512 steps)", 1)
     batch: int = knob(128, "tracks per step and process (paper: 128)", 2)
     seed: int = knob(0, "of weights, music and views", 0, 2 ** 17)

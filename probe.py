@@ -151,7 +151,7 @@ def of_package(spec, device, download=False, trust=False):
 
 # ---- Probes: one linear layer for each layer x readout x strength of weight decay, all in one computation
 L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-MAX_ROWS = 8000  # windows or frames that a probe is trained or validated on; a quarter of them for a mixture
+MAX_ROWS = 8000  # windows or frames to train or validate a probe on; for a mixture of layers a quarter
 
 def activate(logits, multi):
     """Logits [..., C] -> probabilities: of independent tags if `multi`, else of exclusive classes."""
@@ -403,6 +403,7 @@ def read_labels(path, kind, sound):
     last, seconds = times.max(), math.inf  # of a broken sound, as reading it will name it
     with suppress(RuntimeError, TypeError):
         seconds = soundfile.info(os.fsencode(sound)).duration
+    # half a second of grace: the last label is often rounded up
     need(last < seconds + 0.5, f"{path}: a label at {last:.2f} s, but the sound ends at {seconds:.2f} s")
     return (times, chords) if chords else np.sort(times[:, 0])
 
