@@ -5,7 +5,7 @@
     python probe.py --encoder muq:FOLDER                       # any other frozen encoder, the same code
     python probe.py key | embed RUN FILE...                    # key signatures or features of songs
     python probe.py figures RUN FILE                           # pictures of one
-    python probe.py ablation --steps 400                       # two class tokens in one model, or two models?
+    python probe.py ablation --steps 2400                      # two class tokens in one model, or two models?
 
 A probe is one linear layer on standardised frozen features. Its score means something only above the
 references in its table: log-mel statistics, VQT chroma, spectral flux and, beside runs, the same network

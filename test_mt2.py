@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -2084,6 +2085,9 @@ def test_probabilities_of_windows_are_averaged_per_file(monkeypatch):
         task = probe.clip_task("mood", labels, torch.tensor([0, 0, 0, 1]))
         (score,), _, _ = probe.evaluate(p.log(), task, (file, file, file[:1]), "cpu", False)
         assert score == {"accuracy": right}
+    tags = probe.clip_task("tags", [{"a"}, {"b"}, {"a"}], torch.tensor([0, 0, 1, 1, 1, 2]))  # one each, no bar
+    p = torch.tensor([.9, .9, .4, .4, .4, .8])  # sums would rank the second file above the third
+    assert tags.multi and tags.score(torch.stack([p, 1 - p], 1), torch.arange(3), None)["roc_auc"] == 1
 
 
 def test_scores_are_filed_under_their_readout_and_layer(monkeypatch):
@@ -2201,6 +2205,9 @@ def test_without_an_event_in_validation_the_surest_peak_alone_is_an_event():
     p = torch.zeros(2, 126, 1)
     p[:, [31, 60, 90], 0] = torch.tensor([0.9, 0.2, 0.3])  # 31: at 1 s
     assert task.score(p, torch.tensor([1]), torch.tensor([0]))["f_measure"] == 1
+    with warnings.catch_warnings():  # none of mir_eval where nothing is found
+        warnings.simplefilter("error")
+        assert task.score(0 * p, torch.tensor([1]), torch.tensor([0]))["f_measure"] == 0
 
 
 def test_a_sound_file_that_was_cut_short_is_named(tmp_path):
