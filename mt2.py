@@ -114,7 +114,7 @@ class Config:
                     value = kind(given)
                 except (TypeError, ValueError, OverflowError):
                     value = math.nan  # which equals nothing
-                least, most = (*limits, 1e9)[:2]
+                least, most = (*limits, 1e9)[:2]  # 1e9 where only the least is given
                 need(value == given, f"{flag}: must be {kind.__name__}")
                 need(least <= value <= most, f"{flag}: must lie between {least:g} and {most:g}")
             else:
@@ -555,7 +555,7 @@ class NTXent(torch.autograd.Function):
     @staticmethod
     def strips(z, columns, t, block):
         """exp((s - 1) / t), rows i to i + block at a time -> i, first column, strip: all columns, or in one
-        process from i on. Cosines s are at most 1, so that exp never overflows and no row maximum is needed."""
+        process from i on. Cosines s are at most 1: exp never overflows, and no row maximum is needed."""
         alone = len(columns) == len(z)
         for i in range(0, len(z), block):
             first, own = (i, 0) if alone else (0, i + dist.get_rank() * len(z))  # own: the column of row i
@@ -585,8 +585,8 @@ def nt_xent(a, b, temperature=0.1):
     l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over the 2B rows of all
     processes, with gradients exact once they are averaged; log(2B - 1) for identical embeddings. Rows shorter
     than 1e-12, or so long that their square overflows, count as orthogonal to all. ValueError for a and b of
-    unlike shapes, and for a temperature below 0.01 or that wants a gradient. Call it
-    outside of torch.compile: compiled, it fails when the batch size changes."""
+    unlike shapes, and for a temperature below 0.01 or that wants a gradient. Call it outside
+    of torch.compile: compiled, it fails when the batch size changes."""
     if a.ndim != 2 or a.shape != b.shape or not len(a):
         raise ValueError(f"nt_xent: a {list(a.shape)} and b {list(b.shape)} must both be [B, P]")
     if not temperature >= 0.01 or getattr(temperature, "requires_grad", False):
@@ -901,8 +901,9 @@ class AudioFolder(Dataset):
                 segments.append(sound.read(length, dtype="float32", always_2d=True).mean(1))
         need(min(map(len, segments)) == length, "ends before its header says")
         waves = torch.from_numpy(np.stack(segments))  # [2, length], at the file's own rate
-        need(waves.abs().max() < 1e6, "holds NaN, infinity or numbers beyond all sound")  # 120 dB too loud
-        need(waves.abs().amax(1).min() >= 1e-4, "silent where it was read")  # 80 dB below full scale
+        # 120 dB above full scale, where NaN fails as well; 80 dB below it
+        need(waves.abs().max() < 1e6, "holds NaN, infinity or numbers beyond all sound")
+        need(waves.abs().amax(1).min() >= 1e-4, "silent where it was read")
         rate = 25 * round(rate / 25)  # at most 3 cents off; 44,101 Hz to the letter takes a filter of minutes
         waves = torchaudio.functional.resample(waves, rate, SAMPLE_RATE)  # its input, where the rates agree
         missing = round(self.seconds * SAMPLE_RATE) - waves.shape[1]  # a few, or below 0: F.pad then cuts

@@ -364,7 +364,8 @@ def cut(path):
             wave = file.read(int(LIMIT * file.samplerate), dtype="float32", always_2d=True).mean(1)
     except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
         raise ValueError(f"{path}: not a sound file, or broken; give whole wav, flac, ogg or mp3") from None
-    good = 1000 <= rate <= 10 ** 6 and len(wave) and np.abs(wave).max() < 1e6  # + 120 dB; NaN fails as well
+    # 1e6: 120 dB above full scale, where NaN fails as well
+    good = 1000 <= rate <= 10 ** 6 and len(wave) and np.abs(wave).max() < 1e6
     need(good, f"{path}: holds no sound, or NaN, infinity, a level or a rate beyond all sound; remove it")
     wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
