@@ -585,8 +585,7 @@ def nt_xent(a, b, temperature=0.1):
     l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over the 2B rows of all
     processes, with gradients exact once they are averaged; log(2B - 1) for identical embeddings. Rows shorter
     than 1e-12, or so long that their square overflows, count as orthogonal to all. ValueError for a and b of
-    unlike shapes, and for a temperature below 0.01 or that wants a gradient. Call it outside
-    of torch.compile: compiled, it fails when the batch size changes."""
+    unlike shapes, and for a temperature below 0.01 or that wants a gradient."""
     if a.ndim != 2 or a.shape != b.shape or not len(a):
         raise ValueError(f"nt_xent: a {list(a.shape)} and b {list(b.shape)} must both be [B, P]")
     if not temperature >= 0.01 or getattr(temperature, "requires_grad", False):
@@ -596,7 +595,10 @@ def nt_xent(a, b, temperature=0.1):
         z = torch.cat([a, b]).to(torch.float64 if temperature < 0.025 else kind)  # exp(-2 / t) underflows
         # strips of 2 MB stay in a CPU's cache; a GPU wants few large ones, a dozen launches each (unmeasured)
         block = max(64, 2 ** (25 if z.is_cuda else 19) // len(z))
-        return NTXent.apply(z, temperature, block).to(kind)
+        loss = NTXent.apply
+        if torch.compiler.is_compiling():  # which fails on its strips when the batch size changes
+            loss = torch.compiler.disable(loss)
+        return loss(z, temperature, block).to(kind)
 
 def dft(y, omega=7):
     """DFT of y [..., 12] at one frequency -> [..., 2] (re, im). omega 7: circle of fifths, 1: semitones."""

@@ -1737,6 +1737,15 @@ def test_cpsd_compiles_whole_and_stays_what_it_was():
     assert_close(*results)
 
 
+def test_nt_xent_inside_a_compiled_function_stays_what_it_was_at_any_batch_size():
+    step = lambda a, b: nt_xent(2 * a, b.tanh()) + a.square().mean()
+    compiled = torch.compile(step, backend="aot_eager")
+    for B in (4, 4, 6, 300):
+        a, b = (noise(B, 8, seed=s).requires_grad_() for s in (0, 1))
+        results = [[value := f(a, b), *torch.autograd.grad(value, (a, b))] for f in (step, compiled)]
+        assert_close(*results)
+
+
 @pytest.mark.parametrize("more", [dict(batch=5, pool=5, fresh=3), {}])
 def test_every_step_sees_a_whole_batch_of_different_tracks_whatever_the_pool(more, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
