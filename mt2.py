@@ -1208,6 +1208,9 @@ def own_process_group(worker):
 def music_stream(c, rank, device, first, end):
     """-> the run's Stream, and an iterator over its chunks from `first` to before `end`, made by workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # a container's share of them; "max": all
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     # a GPU needs one core; more than 12 workers could fill the 64 MB that a container shares (unmeasured)
     spare = cores // 2 if device.type == "cpu" else min(cores - 1, 12)

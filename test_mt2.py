@@ -1681,12 +1681,15 @@ print(min(usual), [faults() for _ in range(6)][-1])"""
     assert usual > 1000 and kept < 10
 
 
-@pytest.mark.parametrize("cores, ranks, device, given, workers, threads", [
-    (8, 1, "cpu", -1, 4, 4), (8, 2, "cpu", -1, 2, 2), (1, 1, "cpu", -1, 1, 1), (8, 1, "cpu", 0, 0, 8),
-    (8, 1, "cuda", -1, 7, None), (64, 1, "cuda", -1, 12, None), (8, 1, "cuda", 3, 3, None)])
-def test_workers_and_threads_share_the_cores(cores, ranks, device, given, workers, threads, monkeypatch):
+@pytest.mark.parametrize("cores, quota, ranks, device, given, workers, threads", [
+    (8, "max", 1, "cpu", -1, 4, 4), (8, "max", 2, "cpu", -1, 2, 2), (1, "max", 1, "cpu", -1, 1, 1),
+    (8, "max", 1, "cpu", 0, 0, 8), (8, "max", 1, "cuda", -1, 7, None), (64, "max", 1, "cuda", -1, 12, None),
+    (8, "max", 1, "cuda", 3, 3, None), (64, "350000", 1, "cpu", -1, 2, 2), (2, "350000", 1, "cpu", -1, 1, 1)])
+def test_workers_and_threads_share_the_cores_that_a_container_grants(
+        cores, quota, ranks, device, given, workers, threads, monkeypatch):
     seen = {"threads": None}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda self: f"{quota} 100000\n")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: seen.update(threads=n))
