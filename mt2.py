@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,7 +382,9 @@ class MT2(nn.Module):
 
     def logits(self, token):
         """Equivariant token [B, D] -> [B, 12]: 84 bins, averaged over seven octaves."""
-        return self.head_eq(token).float().view(-1, 7, 12).mean(1)
+        bins = self.head_eq(token)
+        bins = bins.float() if bins.element_size() < 4 else bins
+        return bins.view(-1, 7, 12).mean(1)
 
     def center(self, logits, offset, training=False):
         """(logits [B, 12] - mean of all clips at the same offset) / (2 x their own root mean square); ours.
@@ -489,8 +492,10 @@ class TUNe(nn.Module):
 
     def layers(self, wave):
         """Wave [B, T] -> every stage, a list of [B, frames_l, dim_l]. Shorter waves are padded with zeros."""
-        if wave.ndim != 2 or not len(wave) or not 0 < wave.shape[1] <= 64000:  # 4 s, as MT2 hears
-            raise ValueError(f"TUNe takes waves [B, 1 to 64000 samples], not {list(wave.shape)}")
+        good = wave.is_floating_point() and wave.ndim == 2 and len(wave) and 0 < wave.shape[1] <= 64000
+        if not good:  # 64,000: 4 s, as MT2 hears
+            kind = f"{list(wave.shape)}, {wave.dtype}"
+            raise ValueError(f"TUNe takes waves [B, 1 to 64000 samples] in floating point, not {kind}")
         wave = wave.to(self.head_con[0].weight.dtype)
         wave = F.pad(wave, (0, max(0, self.LENGTH - wave.shape[1])))
         start = (wave.shape[1] - self.LENGTH) // 2
@@ -847,7 +852,7 @@ class AudioFolder(Dataset):
 
     def __init__(self, root, seconds=SECONDS, gap=30.0):
         self.root, self.seconds, self.gap = Path(root), seconds, gap
-        self.skipped, self.unopened = {}, {}  # {file: reason}: for the user; those not to open again
+        self.skipped, self.unopened = {}, set()  # {file: reason}, for the user; those not to open again
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give a folder of wav, flac, ogg or mp3 files")
         self.files, seen = [], set()
@@ -885,13 +890,14 @@ class AudioFolder(Dataset):
         """Two segments of a file, at places a and b in 0..1."""
         import soundfile  # here, so that generated music needs no decoder
         need(os.path.isfile(file), "not a file, or gone")
+        bad = ValueError("not a sound file, or broken")
         if file in self.unopened:  # tried once: about a bad mp3 libsndfile prints pages, each time
-            raise ValueError(self.unopened[file])
+            raise bad
         try:
             sound = soundfile.SoundFile(os.fsencode(file))
-        except RuntimeError as error:
-            self.unopened[file] = str(error).rpartition(": ")[2]  # without the name
-            raise ValueError(self.unopened[file]) from None
+        except RuntimeError:
+            self.unopened.add(file)
+            raise bad from None
         with sound:
             rate, length = sound.samplerate, round(self.seconds * sound.samplerate)
             room = sound.frames - length  # places where a segment can start
@@ -1105,12 +1111,17 @@ def save(path, content):
 
 def read_checkpoint(path, *needed):
     """-> content and its model. Plain data and tensors only (weights_only): nothing in a file can run."""
-    data = io.BytesIO(Path(path).read_bytes())  # if the disk fails, the file is not to blame
+    data = Path(path).read_bytes()  # if the disk fails, the file is not to blame
     try:
-        content = torch.load(data, map_location="cpu", weights_only=True)
+        whole = zipfile.ZipFile(io.BytesIO(data)).testzip() is None  # torch does not read the checksums
+        need(whole, "its checksums are wrong")
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         missing = {"model", "config", *needed} - content.keys()
         need(not missing, f"lacks {', '.join(sorted(missing))}")
-        model = build(Config(**content["config"]))
+        config = Config(**content["config"])
+        least = 48 * config.depth * config.dim ** 2 if config.encoder == "vit" else 0  # bytes of its blocks
+        need(len(data) > least, "its config asks for more weights than it holds")
+        model = build(config)
         model.load_state_dict(content["model"])
         need(all(x.isfinite().all() for x in model.state_dict().values()), "weights are not finite")
         return content, model
@@ -1420,7 +1431,9 @@ def main():
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         message = f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}"  # of a worker: its last line
-        message += "; lower --batch" if "tried to allocate" in message.lower() else ""  # out of memory
+        remedies = {"tried to allocate": "lower --batch", "dataloader worker (pid": "lower --workers",
+                    "no space left": "make room; the same command goes on"}
+        message += "".join(f"; {what}" for sign, what in remedies.items() if sign in message.lower())
         if world_size() > 1:  # NCCL's farewell below would wait for processes that wait for this one
             print(message, file=sys.stderr, flush=True)
             sys.stdout.flush()

@@ -361,11 +361,14 @@ def cut(path):
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be valid text
             rate = 25 * round(file.samplerate / 25)  # as in mt2.AudioFolder
-            wave = file.read(int(LIMIT * file.samplerate), dtype="float32", always_2d=True).mean(1)
+            length = min(file.frames, int(LIMIT * file.samplerate))
+            wave = file.read(length, dtype="float32", always_2d=True).mean(1)
     except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
         raise ValueError(f"{path}: not a sound file, or broken; give whole wav, flac, ogg or mp3") from None
-    # 1e6: 120 dB above full scale, where NaN fails as well
-    good = 1000 <= rate <= 10 ** 6 and len(wave) and np.abs(wave).max() < 1e6
+    # a second of grace: an mp3 need not say exactly how long it is
+    need(len(wave) > length - rate, f"{path}: ends before its header says; give the whole file")
+    # 80 dB below full scale to 120 above it, where NaN fails as well
+    good = 1000 <= rate <= 10 ** 6 and len(wave) and 1e-4 <= np.abs(wave).max() < 1e6
     need(good, f"{path}: holds no sound, or NaN, infinity, a level or a rate beyond all sound; remove it")
     wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:

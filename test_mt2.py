@@ -399,6 +399,15 @@ def test_every_valid_model_has_its_shapes(tasks, inputs):
     for wave in (np.zeros((1, 64000)), torch.zeros(1, 64000, dtype=torch.int16)):
         with pytest.raises(ValueError, match="floating-point"):
             net(wave)
+    with pytest.raises(ValueError, match="TUNe takes waves .* in floating point, not .*int16"):
+        TUNe(tiny(encoder="tune"))(torch.zeros(1, 64000, dtype=torch.int16))
+
+
+def test_logits_of_a_double_model_are_double_and_of_bf16_tokens_float32():
+    net = model().double()
+    assert torch.autograd.gradcheck(net.logits, noise(2, net.config.dim).double().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model().logits(noise(2, net.config.dim)).dtype == torch.float32
 
 
 def test_waves_as_float64_give_what_float32_gives_and_all_outputs_have_gradients_to_the_wave():
@@ -890,6 +899,16 @@ def test_channels_are_mixed_to_mono(tmp_path):
     soundfile.write(tmp_path / "x.wav", np.tile([0.2, 0.6], (80000, 1)), 16000, "FLOAT")
     for waves in (AudioFolder(tmp_path).pair(0, seeded(0)), probe.cut(tmp_path / "x.wav")[:1]):
         assert_close(waves, torch.full_like(waves, 0.4))
+
+
+def test_a_song_that_ends_before_its_header_says_is_not_read_in_part(tmp_path):
+    for name in ("x.mp3", "x.wav"):
+        soundfile.write(tmp_path / name, tone([440], 20)[0].numpy(), 16000)
+    assert len(probe.cut(tmp_path / "x.mp3")) == 5
+    data = (tmp_path / "x.mp3").read_bytes()
+    (tmp_path / "x.mp3").write_bytes(data[:len(data) // 2])
+    with pytest.raises(ValueError, match="x.mp3: ends before its header says"):
+        probe.cut(tmp_path / "x.mp3")
 
 
 def test_a_track_with_one_silent_segment_is_not_used(tmp_path):
@@ -1606,9 +1625,28 @@ def test_broken_copies_of_a_model_load_or_are_refused_in_one_line(unbroken, tmp_
     for data in broken_copies((unbroken / "model.pt").read_bytes(), 80, seed=3):
         (tmp_path / "model.pt").write_bytes(data)
         try:
-            assert isinstance(load(tmp_path), MT2)
+            assert_close(load(tmp_path).state_dict(), load(unbroken).state_dict(), rtol=0, atol=0)
         except ValueError as error:
             assert "\n" not in str(error) and str(tmp_path) in str(error)
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(unbroken, tmp_path):
+    data, w = bytearray((unbroken / "model.pt").read_bytes()), load(unbroken).blocks[0].qkv.weight
+    data[data.index(w.detach().numpy().tobytes()) + 1] ^= 1
+    (tmp_path / "model.pt").write_bytes(data)
+    with pytest.raises(ValueError, match="model.pt: .*checksums are wrong"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [dict(dim=30000, heads=1), dict(depth=1000)])
+def test_a_config_of_more_weights_than_its_file_holds_is_refused_before_they_fill_the_memory(
+        size, unbroken, tmp_path, monkeypatch):
+    content = torch.load(unbroken / "model.pt", weights_only=True)
+    content["config"].update(size)
+    torch.save(content, tmp_path / "model.pt")
+    monkeypatch.setattr(mt2, "build", None)
+    with pytest.raises(ValueError, match="model.pt: .*asks for more weights than it holds"):
+        load(tmp_path)
 
 
 def disk_full(*args):
@@ -1914,12 +1952,24 @@ def test_a_bad_flag_gets_one_line_that_names_it(flags, monkeypatch, capsys, tmp_
     assert Path("file").read_text() == "precious" and {p.name for p in Path().iterdir()} == {"empty", "file"}
 
 
-def test_too_little_memory_is_said_with_its_remedy(monkeypatch, capsys, tmp_path):
-    def train(config):
-        torch.empty(2 ** 60)
-    monkeypatch.setattr(mt2, "train", train)
+class Killed(mt2.Dataset):
+    """Ends its worker as the system does where memory is short."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("cause, remedy", [
+    (lambda: torch.empty(2 ** 60), "lower --batch"),
+    (lambda: disk_full(), "make room; the same command goes on"),
+    (lambda: next(iter(mt2.DataLoader(Killed(), num_workers=1))), "lower --workers")])
+def test_what_a_machine_lacks_is_said_with_its_remedy(cause, remedy, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(mt2, "train", lambda config: cause())
     code, lines = run_main(monkeypatch, capsys)
-    assert len(lines) == 1 and "allocate" in lines[0] and lines[0].endswith("; lower --batch")
+    assert len(lines) == 1 and lines[0].endswith(f"; {remedy}"), lines
     monkeypatch.undo()
     flags = FLAGS + ["--out", tmp_path / "run", "--data", tmp_path / "allocated"]  # no such folder
     code, lines = run_main(monkeypatch, capsys, *flags)
@@ -2648,13 +2698,15 @@ def test_a_key_is_read_at_twelve_crops_and_its_confidence_is_their_agreement(sma
 def test_key_names_a_broken_song_goes_on_and_ends_with_an_error(small_run, capsys):
     (small_run / "text.wav").write_text("no sound")
     soundfile.write(small_run / "vast.wav", 1e24 * noise(64000).numpy(), 16000, "FLOAT")
+    soundfile.write(small_run / "silent.wav", np.zeros(64000), 16000)
     odd = os.fsencode(small_run) + b"/caf\xe9.wav"  # a name that is no text
     Path(os.fsdecode(odd)).write_bytes((small_run / "song1.wav").read_bytes())
-    songs = [small_run / name for name in ("song0.wav", "text.wav", "vast.wav")] + [os.fsdecode(odd)]
-    with pytest.raises(SystemExit, match="2 of 4 files"):
+    songs = [small_run / f"{name}.wav" for name in ("song0", "text", "vast", "silent")] + [os.fsdecode(odd)]
+    with pytest.raises(SystemExit, match="3 of 5 files"):
         probe.main(list(map(str, ["key", small_run / "run", *songs])))
     said = capsys.readouterr()
-    assert "text.wav: not a sound file" in said.err and "vast.wav: holds no sound, or NaN" in said.err
+    for what in ("text.wav: not a sound", "vast.wav: holds no sound, or NaN", "silent.wav: holds no sound"):
+        assert what in said.err
     assert re.search(r"song0.wav\n.*caf\\udce9.wav", said.out)
 
 
