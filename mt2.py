@@ -590,7 +590,8 @@ def nt_xent(a, b, temperature=0.1):
     l(i) = -log exp(sim(i, p(i)) / t) / sum_{j != i} exp(sim(i, j) / t), mean over the 2B rows of all
     processes, with gradients exact once they are averaged; log(2B - 1) for identical embeddings. Rows shorter
     than 1e-12, or so long that their square overflows, count as orthogonal to all. ValueError for a and b of
-    unlike shapes, and for a temperature below 0.01 or that wants a gradient."""
+    unlike shapes, and for a temperature below 0.01 or that wants a gradient. Inside of torch.compile it runs
+    uncompiled, which fullgraph=True forbids."""
     if a.ndim != 2 or a.shape != b.shape or not len(a):
         raise ValueError(f"nt_xent: a {list(a.shape)} and b {list(b.shape)} must both be [B, P]")
     if not temperature >= 0.01 or getattr(temperature, "requires_grad", False):
@@ -1119,7 +1120,8 @@ def read_checkpoint(path, *needed):
         missing = {"model", "config", *needed} - content.keys()
         need(not missing, f"lacks {', '.join(sorted(missing))}")
         config = Config(**content["config"])
-        least = 48 * config.depth * config.dim ** 2 if config.encoder == "vit" else 0  # bytes of its blocks
+        # bytes of its blocks, were they in half precision
+        least = 24 * config.depth * config.dim ** 2 if config.encoder == "vit" else 0
         need(len(data) > least, "its config asks for more weights than it holds")
         model = build(config)
         model.load_state_dict(content["model"])
@@ -1431,9 +1433,9 @@ def main():
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         message = f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}"  # of a worker: its last line
-        remedies = {"tried to allocate": "lower --batch", "dataloader worker (pid": "lower --workers",
-                    "no space left": "make room; the same command goes on"}
-        message += "".join(f"; {what}" for sign, what in remedies.items() if sign in message.lower())
+        remedies = (("tried to allocate", "lower --batch"), ("dataloader worker (pid", "try --workers 0"),
+                    ("</torch_", "try --workers 0"), ("no space left", "make room; the same command goes on"))
+        message += next((f"; {what}" for sign, what in remedies if sign in message.lower()), "")
         if world_size() > 1:  # NCCL's farewell below would wait for processes that wait for this one
             print(message, file=sys.stderr, flush=True)
             sys.stdout.flush()

@@ -902,14 +902,13 @@ def test_channels_are_mixed_to_mono(tmp_path):
         assert_close(waves, torch.full_like(waves, 0.4))
 
 
-def test_a_song_that_ends_before_its_header_says_is_not_read_in_part(tmp_path):
-    for name in ("x.mp3", "x.wav"):
-        soundfile.write(tmp_path / name, tone([440], 20)[0].numpy(), 16000)
-    assert len(probe.cut(tmp_path / "x.mp3")) == 5
+def test_half_an_mp3_is_read_and_said_to_be_cut(tmp_path, capsys):
+    soundfile.write(tmp_path / "x.mp3", tone([440], 20)[0].numpy(), 16000)
+    assert len(probe.cut(tmp_path / "x.mp3")) == 5 and not capsys.readouterr().err
     data = (tmp_path / "x.mp3").read_bytes()
     (tmp_path / "x.mp3").write_bytes(data[:len(data) // 2])
-    with pytest.raises(ValueError, match="x.mp3: ends before its header says"):
-        probe.cut(tmp_path / "x.mp3")
+    assert 2 <= len(probe.cut(tmp_path / "x.mp3")) <= 3
+    assert re.search(r"x.mp3: (9|10) s could be read, 20 s announced; cut\?\n", capsys.readouterr().err)
 
 
 def test_a_track_with_one_silent_segment_is_not_used(tmp_path):
@@ -1953,6 +1952,10 @@ def test_a_bad_flag_gets_one_line_that_names_it(flags, monkeypatch, capsys, tmp_
     assert Path("file").read_text() == "precious" and {p.name for p in Path().iterdir()} == {"empty", "file"}
 
 
+def shared_memory_full():
+    raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
+
+
 class Killed(mt2.Dataset):
     """Ends its worker as the system does where memory is short."""
 
@@ -1966,7 +1969,8 @@ class Killed(mt2.Dataset):
 @pytest.mark.parametrize("cause, remedy", [
     (lambda: torch.empty(2 ** 60), "lower --batch"),
     (lambda: disk_full(), "make room; the same command goes on"),
-    (lambda: next(iter(mt2.DataLoader(Killed(), num_workers=1))), "lower --workers")])
+    (lambda: shared_memory_full(), "try --workers 0"),
+    (lambda: next(iter(mt2.DataLoader(Killed(), num_workers=1))), "try --workers 0")])
 def test_what_a_machine_lacks_is_said_with_its_remedy(cause, remedy, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(mt2, "train", lambda config: cause())
     code, lines = run_main(monkeypatch, capsys)
