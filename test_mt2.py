@@ -2218,6 +2218,14 @@ def test_tempo_counts_octave_errors_only_in_acc2_and_nothing_beyond_4_percent():
     assert probe.tempo_accuracy(np.full(7, 100.), said) == pytest.approx({"acc1": 1 / 7, "acc2": 5 / 7})
 
 
+@pytest.mark.parametrize("fastest", [100.5, 104.9, 105.1, 131, 200])
+def test_every_tempo_has_a_class_within_4_percent(fastest):
+    truth = [{bpm} for bpm in np.linspace(100, fastest, 60)]
+    task = probe.clip_task("tempo", truth, torch.arange(60))
+    assert task.y.sum(1).eq(1).all()
+    assert task.score(task.y, torch.arange(60), None) == {"acc1": 1, "acc2": 1}
+
+
 def test_a_key_a_fifth_above_the_truth_scores_one_half():
     task = probe.clip_task("key", [{0}], torch.tensor([0]))  # C major, and G major said
     assert task.score(torch.eye(24)[[7]], torch.tensor([0]), None) == {"accuracy": 0, "mirex": 0.5}
