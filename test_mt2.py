@@ -358,8 +358,11 @@ def test_published_values_are_the_defaults():
 def test_tune_has_the_published_size_its_stages_and_one_embedding_per_clip(expansion, millions):
     net = TUNe(tiny(encoder="tune", expansion=expansion)).eval()
     stages = net.layers(noise(2, 64000))
-    lengths = [stage.shape[1] for stage in stages]
-    assert sum(b > a for a, b in zip(lengths, lengths[1:])) == expansion and stages[-1].shape[::2] == (2, 512)
+    powers = [*range(9, -1, -1), 0]  # SampleCNN: 3^9 frames after its first convolution, down to one
+    if expansion:  # down to 3^6, up again, down to three
+        powers = [10, 9, 8, 7, 6, *range(7, 7 + expansion), *range(5 + expansion, 0, -1)]
+    assert [stage.shape[1] for stage in stages] == [3 ** n for n in powers]
+    assert stages[-1].shape[::2] == (2, 512)
     assert net(noise(2, 64000)).shape == (2, 64) and round(million(net), 1) == millions
 
 
