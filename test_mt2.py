@@ -2382,13 +2382,13 @@ def test_a_manifest_with_split_is_probed_and_a_short_file_is_padded(small_run, c
 
 def test_without_a_split_a_fifth_is_for_testing_by_seed_and_tags_lie_between_bars(
         tmp_path, capsys, monkeypatch):
-    for i in range(10):
+    for i in range(27):
         (tmp_path / f"{i}.wav").write_bytes(b"")
-    cells = ["a| b |"] + 4 * ["a"] + 4 * ["b"] + [""]  # the last without a label
+    cells = ["a| b |"] + 13 * ["a"] + 12 * ["b"] + [""]  # the last without a label
     (tmp_path / "x.csv").write_text("path,mood\n" + "\n".join(f"{i}.wav,{c}" for i, c in enumerate(cells)))
     read = lambda seed: probe.manifest(tmp_path / "x.csv", ["mood"], seed, False)
     split = lambda seed: [x.tolist() for x in read(seed)[2]["mood"]]
-    assert [len(part) for part in split(0)] == [7, 0, 2] and sorted(sum(split(0), [])) == list(range(9))
+    assert [len(part) for part in split(0)] == [20, 0, 6] and sorted(sum(split(0), [])) == list(range(26))
     assert split(1) == split(1) and len({str(split(seed)) for seed in range(9)}) > 3
     assert read(0)[1]["mood"][:2] == [{"a", "b"}, {"a"}]
 
