@@ -1120,7 +1120,7 @@ def read_checkpoint(path, *needed):
         missing = {"model", "config", *needed} - content.keys()
         need(not missing, f"lacks {', '.join(sorted(missing))}")
         config = Config(**content["config"])
-        # bytes of its blocks, were they in half precision
+        # bytes of its blocks, were they in half precision; built, they could fill the memory
         least = 24 * config.depth * config.dim ** 2 if config.encoder == "vit" else 0
         need(len(data) > least, "its config asks for more weights than it holds")
         model = build(config)

@@ -365,12 +365,12 @@ def cut(path):
             wave = file.read(length, dtype="float32", always_2d=True).mean(1)
     except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
         raise ValueError(f"{path}: not a sound file, or broken; give whole wav, flac, ogg or mp3") from None
-    if len(wave) < length - rate:  # only said, as of an mp3 without a table of contents the length is a guess
-        note = f"{path}: {len(wave) / rate:.0f} s could be read, {length / rate:.0f} s announced; cut?"
-        tqdm.write(note, file=sys.stderr)
     # 80 dB below full scale to 120 above it, where NaN fails as well
     good = 1000 <= rate <= 10 ** 6 and len(wave) and 1e-4 <= np.abs(wave).max() < 1e6
     need(good, f"{path}: holds no sound, or NaN, infinity, a level or a rate beyond all sound; remove it")
+    if len(wave) < length - rate:  # only said, as of an mp3 without a table of contents the length is a guess
+        note = f"{path}: {len(wave) / rate:.0f} s could be read, {length / rate:.0f} s announced; cut?"
+        tqdm.write(note, file=sys.stderr)
     wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
         tqdm.write(f"{path}: shorter than {SECONDS:g} s, padded with silence", file=sys.stderr)

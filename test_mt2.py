@@ -1971,8 +1971,8 @@ class Killed(mt2.Dataset):
 
 @pytest.mark.parametrize("cause, remedy", [
     (lambda: torch.empty(2 ** 60), "lower --batch"),
-    (lambda: disk_full(), "make room; the same command goes on"),
-    (lambda: shared_memory_full(), "try --workers 0"),
+    (disk_full, "make room; the same command goes on"),
+    (shared_memory_full, "try --workers 0"),
     (lambda: next(iter(mt2.DataLoader(Killed(), num_workers=1))), "try --workers 0")])
 def test_what_a_machine_lacks_is_said_with_its_remedy(cause, remedy, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(mt2, "train", lambda config: cause())
