@@ -4,19 +4,19 @@ A Vision Transformer reads music as one patch per spectrogram frame. Two class t
 `eq` learns what key the music is in (CPSD: transposing the input must rotate the output), `con` learns what
 the music sounds like (NT-Xent: two segments of one track must agree). Nobody ever tells it a key.
 
-The demo takes about six minutes on two CPU cores; it then names the key signature of .96 of 138 real
-pieces on which nothing was chosen, and misses nearly all others by a fifth (`python probe.py key`; mean of
-eight seeds, torch 2.11, November 2026).
+The demo takes about six minutes on two CPU cores; it then names the right key signature for .96 of 138
+held-out real pieces, and for nearly all others one a fifth away (`python probe.py key`; mean of eight seeds,
+torch 2.11, November 2026).
 
     python mt2.py                             # train the demo on generated music, then say what was learned
-    python mt2.py --data my_music/            # two fifths of the run as above, then half of it your music
+    python mt2.py --data my_music/            # the same for two fifths of the run, then mixed with your music
     torchrun --nproc-per-node 8 mt2.py ...    # the same on many GPUs
 
-The file reads as sound flows: wave, spectrogram, patches, transformer, class tokens, losses, data, loop,
-command line. "Ours" marks choices that the papers leave open; "measured" gives what one was worth (more in
-README.md), "prototype" the same in throw-away runs before this file. A track is a piece, a segment (A or B)
-4 s of it, a clip any input of the network, a view what a loss sees of a segment: some frames, a crop of its
-own, perhaps equalised. In shapes B is clips, F frames, D the width of a token, P that of an embedding z.
+The file reads as sound flows, from wave to command line. "Ours" marks choices that the papers leave open;
+"measured" says what one was worth, "prototype" the same in runs before this file, "exact" is the share of key
+signatures named right (more in README.md). A track is a piece; A and B are two segments of it, 4 s each; a
+view is what a loss sees of one: some frames, and a crop of the spectrum, whose offset transposes it (A' is A
+at another crop). In shapes B is clips, F frames, D the width of a token, P that of an embedding z.
 """
 import argparse
 import contextlib
@@ -24,6 +24,7 @@ import ctypes
 import dataclasses
 import io
 import math
+import numbers
 import os
 import random
 import signal
@@ -57,11 +58,11 @@ SAMPLE_RATE, SECONDS, HOP = 16000, 4.0, 512  # the paper's input: 4 s of mono so
 SAMPLES = int(SAMPLE_RATE * SECONDS)         # 64,000 samples
 FRAMES = SAMPLES // HOP + 1                  # 126 frames of 32 ms
 N_MELS = 128
-# of the 99 VQT bins a crop at offset 0..15 keeps seven octaves; the middle one is the default
+# a crop is 84 of the 99 VQT bins, seven octaves, from bin `offset` on, 0..15; MIDDLE: the default offset
 N_BINS, N_CROP, N_OFFSETS, MIDDLE = 99, 84, 16, 8
-SIZES = {  # demo: minutes on two laptop cores, ours; paper: ViT-Tiny, 5.5 M parameters (lr, con_frames: ours)
-    "demo": dict(dim=96, depth=3, heads=3, lr=2e-3, frames=14, con_frames=3),
-    "paper": dict(dim=192, depth=12, heads=3, lr=1e-3, frames=126, con_frames=3)}
+SIZES = {  # demo: minutes on two laptop cores, ours; paper: ViT-Tiny, 5.5 M parameters (lr: ours)
+    "demo": dict(dim=96, depth=3, lr=2e-3, frames=14),
+    "paper": dict(dim=192, depth=12, lr=1e-3, frames=126)}
 
 def knob(default, text, *limits):
     """A Config field with its help text and limits: choices of a text, least (and most) of a number."""
@@ -69,12 +70,11 @@ def knob(default, text, *limits):
 
 @dataclasses.dataclass
 class Config:
-    """The hyper-parameters of a run; AdamW's own stand in `run`. A field of None is set by `size`. Raises
-    ValueError for what cannot be."""
+    """The hyper-parameters of a run (AdamW's own: in `run`). None: set by `size`. ValueError for bad ones."""
     data: str = knob("", "folder of music; empty: music made on the fly by SyntheticMusic")
     out: str = knob("runs/demo", "run folder: model.pt, state.pt, log.csv, monitor.csv")
     init: str = knob("", "run folder or model.pt whose weights to start from")
-    size: str = knob("demo", "demo | paper: sets dim, depth, heads, lr, frames, con_frames", *SIZES)
+    size: str = knob("demo", "demo | paper: sets dim, depth, lr, frames", *SIZES)
     encoder: str = knob("vit", "vit: MT2 | tune: TUNe and CLMR, waveform, contrastive only", "vit", "tune")
     expansion: int = knob(4, "of TUNe: expansion layers, 1 to 4; 0 is CLMR's SampleCNN", 0, 4)
     tasks: tuple = knob("eq,con", "class tokens, in token order: eq,con | eq | con", "eq,con", "eq", "con")
@@ -85,11 +85,11 @@ class Config:
     device: str = knob("auto", "auto | cpu | cuda")
     dim: int = knob(None, "width of a token (paper: 192); None: by --size", 1, 1e5)
     depth: int = knob(None, "transformer blocks (paper: 12); None: by --size", 1, 1e3)
-    heads: int = knob(None, "attention heads (paper: 3); None: by --size", 1, 1e3)
+    heads: int = knob(3, "attention heads (paper: 3)", 1, 1e3)
     proj_dim: int = knob(64, "width of the contrastive embedding z; ours", 1, 1e5)
     frames: int = knob(None, "frames of an equivariant view; None: by --size; ours", 1, FRAMES)
-    con_frames: int = knob(None, "frames of a contrastive view; None: by --size; ours", 1, FRAMES)
-    eq_db: float = knob(4.0, "equaliser of equivariant views, random: std in dB, more at ends; ours", 0, 40)
+    con_frames: int = knob(3, "frames of a contrastive view; ours", 1, FRAMES)
+    eq_db: float = knob(4.0, "random equaliser of equivariant views: std in dB, 1.4 x at ends; ours", 0, 40)
     hide_mel: int = knob(1, "1: equivariant views see no mel, which would leak absolute pitch; ours", 0, 1)
     temperature: float = knob(0.1, "of NT-Xent (paper: 0.1)", 0.01, 1e3)
     eq_weight: float = knob(10.0, "weight of CPSD beside NT-Xent; ours", 0, 1e6)
@@ -107,31 +107,28 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             kind, limits, given = field.type, field.metadata["limits"], getattr(self, field.name)
-            given = SIZES[self.size].get(field.name) if given is None else given  # `size` stands above it
-            given = ",".join(map(str, given)) if isinstance(given, (tuple, list)) else given  # as a flag
+            given = SIZES[self.size].get(field.name) if given is None else given  # `size` is done already
+            given = ",".join(map(str, given)) if isinstance(given, (tuple, list)) else given  # as typed
             flag = f"--{field.name.replace('_', '-')} {given}"
             if kind in (int, float):
-                try:
-                    value = kind(given)
-                except (TypeError, ValueError, OverflowError):
-                    value = math.nan  # which equals nothing
+                number = isinstance(given, numbers.Real) and (kind is float or given % 1 == 0)
+                need(number, f"{flag}: must be {kind.__name__}")
                 least, most = (*limits, 1e9)[:2]  # 1e9 where only the least is given
-                need(value == given, f"{flag}: must be {kind.__name__}")
-                need(least <= value <= most, f"{flag}: must lie between {least:g} and {most:g}")
+                need(least <= given <= most, f"{flag}: must lie between {least:g} and {most:g}")
+                value = kind(given)
             else:
                 need(given is not None, f"{flag}: must be {kind.__name__}")
                 need(not limits or given in limits, f"{flag}: choose {' | '.join(limits)}")
                 value = tuple(given.split(",")) if kind is tuple else str(given)
-            setattr(self, field.name, value)  # plain: no checkpoint may hold a Path or a number of numpy
+            setattr(self, field.name, value)  # plain: weights_only loads no Path, no number of numpy
         if self.encoder == "tune":
             need("con" in self.tasks, "--tasks eq: waveform encoders learn con alone; use --encoder vit")
             self.tasks, self.inputs = ("con",), ("wave",)
         elif self.inputs == ("wave",) or "eq" in self.tasks and "vqt" not in self.inputs:
-            raise ValueError(f"--inputs {self.inputs[0]}: eq needs vqt, to be transposed; con mel or vqt")
+            raise ValueError(f"--inputs {self.inputs[0]}: eq needs vqt, con needs mel or vqt")
         elif self.tasks == ("eq",) and self.hide_mel:
             self.inputs = ("vqt",)  # no view would see mel
-        both = f"--batch {self.batch} and --fresh {self.fresh}"
-        need(self.pool >= max(self.batch, self.fresh), f"--pool {self.pool}: must hold {both}")
+        need(self.pool >= max(self.batch, self.fresh), f"--pool {self.pool}: less than --batch or --fresh")
         need(self.dim % self.heads == 0, f"--dim {self.dim} cannot be divided among --heads {self.heads}")
 
 # ---- Many processes: without torchrun there is one, and nothing is sent ----------------------------------
@@ -145,37 +142,30 @@ def all_sum(x):
     return x if world_size() == 1 else dist_nn.all_reduce(x)
 
 def gather(x):
-    """[n, ...] of each process -> [world_size n, ...], without gradient."""
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    """[n, ...] of each process -> [world_size n, ...]."""
+    return x if world_size() == 1 else torch.cat(dist_nn.all_gather(x))
 
 def average(tensors):
     """Average each tensor over all processes, in place, in one reduction."""
-    flat = torch.cat([x.flatten() for x in tensors])
+    flat = nn.utils.parameters_to_vector(tensors)
     dist.all_reduce(flat)
-    for x, mean in zip(tensors, (flat / world_size()).split([x.numel() for x in tensors])):
-        x.copy_(mean.view_as(x))
+    nn.utils.vector_to_parameters(flat / world_size(), tensors)
 
 # ---- Wave -> spectrogram --------------------------------------------------------------------------------
 
 def unit_range(db, floor=80.0):
-    """dB [B, F, bins] -> [0, 1]: dB below the clip's own loudest bin, 80 dB floor, then dB/80 + 1.
-
-    A clip never depends on the others of its batch; silence becomes 0."""
+    """dB [B, F, bins] -> [0, 1]: dB below each clip's own loudest bin, 80 dB floor, dB/80 + 1; silence: 0."""
     loudest = db.amax((1, 2), keepdim=True).clamp_min(-floor)  # [B, 1, 1]; all below -80 dB is silence
     return ((db - loudest) / floor + 1).clamp(0, 1)
 
 class VQT(nn.Module):
     """Variable-Q transform as a few matrix products.
 
-    Bin j is centred on f = fmin 2^(j / bins_per_octave) Hz: the wave around each hop times a Hann-windowed
-    complex sinusoid of 1 / (alpha f + gamma) s (Schoerkhuber et al., 2014; gamma in Hz widens the bass bins;
-    0, a constant Q, is ours). An octave is one product of overlapping frames with a [window, 2n] matrix, of
-    n = 12 bins (the topmost has what is left, 3); low octaves run on the wave at a quarter of the rate, again
-    and again (measured: 4.4 times as fast)."""
+    Bin j is centred on f = fmin 2^(j / bins_per_octave) Hz: at each frame, the wave times a complex sinusoid
+    in a Hann window of 1 / (alpha f + gamma) s (Schoerkhuber et al., 2014; gamma in Hz widens the bass bins;
+    0, a constant Q, is ours). An octave of n = 12 bins (the topmost: the 3 that are left) is one product of
+    overlapping windows with a [window, 2n] matrix of cosines and sines. On the way down, whenever an octave
+    allows it, the wave goes on at a quarter of its rate (measured: 4.4 times as fast)."""
 
     def __init__(self, sample_rate=16000, hop=512, fmin=27.5, n_bins=99, bins_per_octave=12, gamma=0.0):
         super().__init__()
@@ -184,18 +174,18 @@ class VQT(nn.Module):
             raise ValueError(f"VQT: the top bin, {freq[-1]:.0f} Hz, must lie below half of {sample_rate} Hz")
         alpha = 2 ** (1 / bins_per_octave) - 1  # bandwidth: from a bin to the next
         length = 1 / (alpha * freq + gamma)  # of each window, in seconds
-        # the main lobe, +-2 / length Hz, must miss the mirror image at sample_rate - f: this lengthens bin 98
+        # the main lobe, f +- 2 / length, must end below the mirror image, sample_rate - f: only bin 98 grows
         length = length.maximum(1 / (sample_rate / 2 - freq))
         self.hop, rate = hop, sample_rate
         self.hops = []  # of each octave, from the top down
-        self.margin = 0  # hops on either side of the wave that the widest window reaches into
+        self.margin = 0  # hops by which the widest window reaches beyond the ends of the wave
         for i in reversed(range(0, n_bins, bins_per_octave)):
             f, span = freq[i:i + bins_per_octave], length[i:i + bins_per_octave]  # of one octave, [n]
             while f[-1] < rate / 16 and hop % 4 == 0:  # the octave stays below a quarter of the new rate
                 rate, hop = rate / 4, hop // 4
             half = int(span.max() * rate / 2)  # samples on either side of a frame's centre
             t = torch.arange(-half, half + 1, dtype=torch.float64)[:, None] / rate  # s
-            hann = torch.cos(math.pi * t / span) ** 2 * (t.abs() < span / 2)  # [window, n], each its own
+            hann = torch.cos(math.pi * t / span) ** 2 * (t.abs() < span / 2)  # [window, n], of own lengths
             hann = 2 * hann / hann.sum(0)  # a sine of amplitude a reads a
             angle = 2 * math.pi * f * t
             kernel = torch.cat([hann * angle.cos(), hann * angle.sin()], dim=1).float()  # [window, 2n]
@@ -206,9 +196,9 @@ class VQT(nn.Module):
         self.register_buffer("quarter", quarter, persistent=False)
 
     def quarter_rate(self, wave):
-        """Wave [B, T] -> at a quarter of its rate, by torchaudio's resampler as a matrix (measured: the VQT
-        takes .55 of the time). Of the 30 samples that 120 turn into, 7 at either end feel the window's edge;
-        16 are kept, for the 64 samples from the 28th on, and the next window starts 64 later."""
+        """Wave [B, T] -> the same at a quarter of its rate: torchaudio's resampler as a matrix (measured: the
+        VQT takes .55 of the time). A window of 120 samples becomes 30, of which 7 at either end are wrong, as
+        it was cut there. The 16 between stand for 64 samples, 28 to 91: the next window starts 64 later."""
         windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)  # [B, windows, 120], a view
         return (windows @ self.quarter).flatten(1)
 
@@ -227,7 +217,7 @@ class VQT(nn.Module):
                 windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
                 real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, n] each
             power = real.square() + imag.square()
-            octaves.insert(0, power.clamp_min(1e-30).sqrt())  # at 0 the root has no gradient
+            octaves.insert(0, power.clamp_min(1e-30).sqrt())  # the root of 0 has no gradient
         return torch.cat(octaves, dim=-1)
 
     def decibels(self, wave):
@@ -244,7 +234,7 @@ class FrontEnd(nn.Module):
     def __init__(self):
         super().__init__()
         self.vqt = VQT(SAMPLE_RATE, HOP, n_bins=N_BINS)
-        with warnings.catch_warnings():  # 128 bands of 1024 points leave some bass bands empty: as published
+        with warnings.catch_warnings():  # some bass bands are empty, as 1024 points are few: so published
             warnings.simplefilter("ignore")
             self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, 1024, hop_length=HOP, n_mels=N_MELS,
                                                             power=None)  # a complex spectrum
@@ -252,7 +242,7 @@ class FrontEnd(nn.Module):
     def forward(self, wave):
         """Wave [B, T] -> mel dB [B, F, 128] and VQT dB [B, F, 99]; 0 dB is about a full-scale sine."""
         with torch.autocast(wave.device.type, enabled=False):
-            x = self.mel.spectrogram(wave)  # [B, 513, F]; power=2 would take half as long again (measured)
+            x = self.mel.spectrogram(wave)  # [B, 513, F]; power=2 would take 1.5 times as long (measured)
             power = self.mel.mel_scale(x.real.square() + x.imag.square()).transpose(1, 2)
             power = power / 256 ** 2  # 256: half of the Hann window's sum
             return 10 * power.clamp_min(1e-16).log10(), self.vqt.decibels(wave)
@@ -260,10 +250,10 @@ class FrontEnd(nn.Module):
 def random_equaliser(n, std_db, generator):
     """Random smooth frequency responses, one per view -> dB for the VQT bins [n, 1, 99] (ours).
 
-    One knot an octave, linear in between, plus a tilt. Every view draws its own: a curve shared by A, B, A'
-    moves with the crop, and CPSD then follows it instead of the key (prototype: exact key .09, not .90)."""
-    knot, octave = torch.arange(9), (torch.arange(N_BINS) / 12).clamp_max(8)  # 9 knots; where each bin lies
-    hat = (1 - (octave - knot[:, None]).abs()).clamp_min(0)  # [9, 99]
+    A random level each octave, linear in between, plus a tilt. Every view draws its own: one shared by A, B
+    and A' would move with the crop, and y could follow it, not the key (prototype: exact .09, not .90)."""
+    knot, octave = torch.arange(9), (torch.arange(N_BINS) / 12).clamp_max(8)  # 9 levels; each bin's octave
+    hat = (1 - (octave - knot[:, None]).abs()).clamp_min(0)  # [9, 99]: a triangle around each knot
     tilt = 0.25 * (knot - 4)  # from -1 at the lowest knot to 1 at the highest
     curve = torch.randn(n, 9, generator=generator) + torch.randn(n, 1, generator=generator) * tilt
     return std_db * (curve @ hat)[:, None]
@@ -361,7 +351,7 @@ class MT2(nn.Module):
     def encode(self, mel, vqt, frames=None, cls_only=False):
         """Features in [0, 1], mel [B, F, 128] and vqt [B, F, 84] -> depth + 1 layers, each [B, n_cls + F, D].
 
-        Layer 0 is the input of the blocks; the final norm is on the last. mel None: its branch is hidden.
+        Layer 0 is the input of the blocks; the final norm is on the last. mel None: hidden, its patches 0.
         frames [F] are the frames' places among the 126. cls_only: the last layer is [B, n_cls, D]; losses
         read no more of it (measured: a demo step takes .63 to .80 of the time)."""
         n_cls, branch = len(self.class_tokens), {}  # each branch [B, F, D]
@@ -382,24 +372,23 @@ class MT2(nn.Module):
 
     def logits(self, token):
         """Equivariant token [B, D] -> [B, 12]: 84 bins, averaged over seven octaves."""
-        bins = self.head_eq(token)
-        bins = bins.float() if bins.element_size() < 4 else bins
-        return bins.view(-1, 7, 12).mean(1)
+        bins = self.head_eq(token).view(-1, 7, 12)
+        return bins.mean(1, dtype=torch.promote_types(bins.dtype, torch.float32))  # not in bf16
 
     def center(self, logits, offset, training=False):
         """(logits [B, 12] - mean of all clips at the same offset) / (2 x their own root mean square); ours.
 
-        training: the mean is this batch's, which also moves the running mean; else it is the running mean, so
+        training: the mean is this batch's, and the running mean follows it; else it is the running mean, so
         that no clip depends on another.
         Why a mean per offset: over many songs no key is preferred at any crop. Without it CPSD is solved by
-        reading the offset off the spectral envelope, and no key is learned (prototype: exact key .08 instead
-        of .90). Why 2: a soft y can point between two pitch classes, where a sharp one snaps to either
-        (measured: real windows .70 exact instead of .63). Why their own: divided by the batch's, long runs
-        give up hard clips to be surer of easy ones (measured: .88 exact instead of .98)."""
+        reading the offset off the spectral envelope: the shortcut, and no key is learned (prototype: exact
+        .08 instead of .90). Why 2: a soft y can point between two pitch classes, where a sharp one snaps to
+        either (measured: real windows .70 exact instead of .63). Why their own: divided by the batch's, long
+        runs give up hard clips to be surer of easy ones (measured: .88 exact instead of .98)."""
         mean = self.offset_mean
         if training:
-            same = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
-            total, count = all_sum(same.T @ logits), all_sum(same.sum(0))[:, None]
+            one_hot = F.one_hot(offset, N_OFFSETS).to(logits.dtype)  # [B, 16]
+            total, count = all_sum(one_hot.T @ logits), all_sum(one_hot.sum(0))[:, None]
             mean = total / count.clamp_min(1)  # [16, 12]
             with torch.no_grad():
                 self.offset_mean.lerp_(mean, 0.1 * (count > 0))
@@ -415,17 +404,17 @@ class MT2(nn.Module):
         return [unit_range(x) for x in self.front_end(wave.to(self.cls.dtype))]
 
     def crop_offsets(self, wave, offset):
-        """The crop's offset of each wave [B]: from an int or [B], None for the middle. ValueError."""
+        """An int, [B] or None (the middle) -> the crop's offset for each wave [B]; checks it."""
         offset = torch.as_tensor(MIDDLE if offset is None else offset, device=wave.device)
         if offset.is_floating_point() or offset.shape not in ((), wave.shape[:1]):
             raise ValueError(f"MT2: offset must be a whole number, or one for each of {len(wave)} waves")
-        if not ((0 <= offset) & (offset < N_OFFSETS)).all():
-            raise ValueError(f"MT2: an offset must lie between 0 and {N_OFFSETS - 1}")
+        inside = ((0 <= offset) & (offset < N_OFFSETS)).all()
+        need(inside, f"MT2: an offset must lie between 0 and {N_OFFSETS - 1}")
         return offset.long().expand(len(wave))
 
     def passes(self, wave, offset=None):
-        """Wave [B, T] -> [passes, depth + 1, B, n_cls + F, D]: as in training, a pass without mel where it is
-        hidden from the equivariant token, and a pass with all branches."""
+        """Wave [B, T] -> [passes, depth + 1, B, n_cls + F, D]: two passes, without mel and then with it, if
+        training hides mel from the equivariant token; else one with all branches."""
         mel, vqt = self.features(wave)
         vqt = crop(vqt, self.crop_offsets(wave, offset))
         mels = [None, mel] if self.hides_mel else [mel]
@@ -437,7 +426,7 @@ class MT2(nn.Module):
         The equivariant token comes from the first pass, the contrastive one from the last; sequence tokens
         are the mean of all (ours; measured: a chord probe reads .77 from it, .67 from the pass with mel)."""
         x, n = self.passes(wave, offset), len(self.class_tokens)
-        # token 0 is eq; a model without eq has one pass, so that it does not matter from which it comes
+        # token 0 is eq; or, in a model without eq, con, which has one pass alone
         return torch.cat([x[0, :, :, :1], x[-1, :, :, 1:n], x.mean(0)[:, :, n:]], dim=2)
 
     def pitch(self, wave, offsets=(MIDDLE,)):
@@ -481,7 +470,7 @@ class TUNe(nn.Module):
             # each expansion layer: three times the frames, joined with the contraction's of that length
             self.grow = nn.ModuleList(nn.ConvTranspose1d(w[i + 1], w[i], 3, 3) for i in range(3, 3 - up, -1))
             self.join = nn.ModuleList(conv(2 * w[i], w[i]) for i in range(3, 3 - up, -1))
-            tail = [(w[i - 1] + w[i], w[i]) for i in range(5 - up, 5)]  # joined with the expansion
+            tail = [(w[i - 1] + w[i], w[i]) for i in range(5 - up, 5)]  # pooled and joined
             tail += [(176, 352), *[(352, 352)] * 3, (352, 512)]  # alone from there, down to three frames
             self.tail = nn.ModuleList(conv(i, o) for i, o in tail)
         else:
@@ -492,8 +481,7 @@ class TUNe(nn.Module):
 
     def layers(self, wave):
         """Wave [B, T] -> every stage, a list of [B, frames_l, dim_l]. Shorter waves are padded with zeros."""
-        good = wave.is_floating_point() and wave.ndim == 2 and len(wave) and 0 < wave.shape[1] <= 64000
-        if not good:  # 64,000: 4 s, as MT2 hears
+        if not (wave.is_floating_point() and wave.ndim == 2 and len(wave) and 0 < wave.shape[1] <= 64000):
             kind = f"{list(wave.shape)}, {wave.dtype}"
             raise ValueError(f"TUNe takes waves [B, 1 to 64000 samples] in floating point, not {kind}")
         wave = wave.to(self.head_con[0].weight.dtype)
@@ -508,11 +496,11 @@ class TUNe(nn.Module):
                 x = conv(x) if i in (0, 10) else F.max_pool1d(conv(x), 3)
             stages.append(x)
         for i, (grow, join) in enumerate(zip(self.grow, self.join)):
-            x = join(torch.cat([grow(x), stages[3 - i]], dim=1))
+            x = join(torch.cat([grow(x), stages[3 - i]], dim=1))  # the contraction's stage of that length
             stages.append(x)
         for i, conv in enumerate(self.tail):
             x = F.max_pool1d(x, 3)
-            x = conv(torch.cat([x, stages[3 + up - i]], dim=1) if i < up else x)
+            x = conv(torch.cat([x, stages[3 + up - i]], dim=1) if i < up else x)  # as long, going up
             stages.append(x)
         return [stage.transpose(1, 2) for stage in stages]
 
@@ -531,11 +519,11 @@ def build(config):
 class NTXent(torch.autograd.Function):
     """NT-Xent of rows x [n, P], the first half a, the second b, with its gradient in closed form.
 
-    With z the unit rows, P the softmax over j != i and Y the positive pairs, dL/dz = ((P - Y) + (P - Y)^T) z
-    / (n t). Only the rows' sums of exp are kept; similarities are computed again, `block` rows at a time, so
-    that memory grows with n x block. In one process the matrix is symmetric and only its upper strips are
-    computed. Among processes each computes its own rows against everybody's columns: two gathers forward,
-    none backward."""
+    With z the unit rows, S the softmax of row i over j != i, Y 1 at positive pairs and 0 elsewhere, dL/dz =
+    ((S - Y) + (S - Y)^T) z / (n t). Forward keeps each row's sum of exp; backward computes the similarities
+    again, a strip of `block` rows at a time: memory grows with n x block. In one process exp is symmetric, so
+    that strips begin at the diagonal. Among processes each takes its own n rows and everybody's N columns:
+    two gathers forward, none backward."""
     KEEP = 2 ** 22  # a matrix of up to 16 MB is kept after all: up to 1.4 times as fast, measured
 
     @staticmethod
@@ -559,8 +547,8 @@ class NTXent(torch.autograd.Function):
 
     @staticmethod
     def strips(z, columns, t, block):
-        """exp((s - 1) / t), rows i to i + block at a time -> i, first column, strip: all columns, or in one
-        process from i on. Cosines s are at most 1: exp never overflows, and no row maximum is needed."""
+        """Yields i, the first column and exp((s - 1) / t) of rows i to i + block: all columns, or in one
+        process those from i on. As cosines s are at most 1, exp never overflows without a row's maximum."""
         alone = len(columns) == len(z)
         for i in range(0, len(z), block):
             first, own = (i, 0) if alone else (0, i + dist.get_rank() * len(z))  # own: the column of row i
@@ -576,12 +564,12 @@ class NTXent(torch.autograd.Function):
         n, block, inverse, all_inverse = len(z), ctx.block, 1 / sums, 1 / all_sums
         dz = -2 * z.roll(n // 2, 0)  # -(Y + Y^T) z
         for i, first, e in ctx.kept or NTXent.strips(z, columns, ctx.temperature, block):
-            g = (inverse[i:i + block, None] + all_inverse[first:]).mul_(e)  # P + P^T, as e is symmetric
+            g = (inverse[i:i + block, None] + all_inverse[first:]).mul_(e)  # S + S^T, as e is symmetric
             dz[i:i + block].addmm_(g, columns[first:])
             if len(columns) == n:
                 dz[i + block:].addmm_(g[:, block:].T, z[i:i + block])
         dz -= z * (z * dz).sum(1, keepdim=True)  # through z = x / |x|: nothing along z is left
-        # over the own n rows, not all N: gradients of processes are averaged, not summed
+        # by n, not N, the rows of all processes: the loop averages their gradients
         return dz.mul_(scale * (grad / (n * ctx.temperature))), None, None
 
 def nt_xent(a, b, temperature=0.1):
@@ -597,14 +585,13 @@ def nt_xent(a, b, temperature=0.1):
     if not temperature >= 0.01 or getattr(temperature, "requires_grad", False):
         raise ValueError(f"nt_xent: temperature {temperature} must be a plain number, at least 0.01")
     with torch.autocast(a.device.type, enabled=False):  # exp(s / t) would magnify bf16's error tenfold
-        kind = torch.promote_types(a.dtype, torch.float32)  # of the result
-        z = torch.cat([a, b]).to(torch.float64 if temperature < 0.025 else kind)  # exp(-2 / t) underflows
-        # strips of 2 MB stay in a CPU's cache; a GPU wants few large ones, a dozen launches each (unmeasured)
+        dtype = torch.promote_types(a.dtype, torch.float32)  # of the result
+        z = torch.cat([a, b]).to(torch.float64 if temperature < 0.025 else dtype)  # exp(-2 / t) underflows
+        # strips of 2 MB stay in a CPU's cache; on a GPU each is a dozen launches: few, of 128 MB (unmeasured)
         block = max(64, 2 ** (25 if z.is_cuda else 19) // len(z))
-        loss = NTXent.apply
-        if torch.compiler.is_compiling():  # which fails on its strips when the batch size changes
-            loss = torch.compiler.disable(loss)
-        return loss(z, temperature, block).to(kind)
+        # compiled, its strips would fail when the batch size changes
+        loss = torch.compiler.disable(NTXent.apply) if torch.compiler.is_compiling() else NTXent.apply
+        return loss(z, temperature, block).to(dtype)
 
 def dft(y, omega=7):
     """DFT of y [..., 12] at one frequency -> [..., 2] (re, im). omega 7: circle of fifths, 1: semitones."""
@@ -651,8 +638,8 @@ HARMONY = (((10, 15, 8, 25, 27, 15, 0), (10, 5, 5, 15, 55, 10, 0), (10, 10, 2, 3
            ((10, 0, 10, 25, 20, 20, 15), (100, 0, 0, 0, 0, 0, 0), (20, 0, 5, 15, 10, 30, 20),
             (35, 0, 5, 5, 30, 10, 15), (60, 0, 5, 10, 5, 15, 5), (15, 0, 20, 10, 20, 5, 30),
             (50, 0, 25, 5, 5, 10, 5)))
-# Chance that rich music raises, over each degree, the seventh of the minor scale; and the third of the chord,
-# which turns a minor chord into a dominant
+# Rich music: for each degree, the chance that minor's seventh is raised; if it is not, in major and in minor,
+# that the chord's third is, which turns a minor chord into a dominant
 LEADING = (0.25, 0, 0, 0.25, 0.95, 0, 0)
 DOMINANT = ((0, 0.35, 0.12, 0, 0, 0.15, 0), (0.12, 0, 0, 0.15, 0, 0, 0))
 RHYTHMS = ((1, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 1), (1, 1, 1, 1), (1, 0, 0, 1), (0, 0, 1, 0))  # of a beat
@@ -684,7 +671,7 @@ class SyntheticMusic:
             phase = t + vibrato / 35 * np.sin(35 * t)  # 5.6 Hz; its slope is the frequency's factor
             self.motion[name] = phase, [body, body * np.exp(-t / upper)] if upper else [body]
         t = t[:SAMPLE_RATE // 4]
-        # a drum that falls in pitch; envelopes for noise
+        # a sine that falls in pitch; envelopes of noise
         self.kick = 0.8 * np.sin(2 * math.pi * (50 * t - 3 * np.exp(-t / 0.03))) * np.exp(-t / 0.06)
         self.snare, self.hat = 0.35 * np.exp(-t / 0.05), 0.12 * np.exp(-t / 0.015)
 
@@ -692,8 +679,8 @@ class SyntheticMusic:
         """-> waves [n, 2, 64000] in [-1, 1] and a dict of labels, each starting with n:
 
         key 0..23 (tonic, + 12 if minor), key_signature 0..11 (tonic of the relative major), instrument 0..9
-        (lead), tempo (BPM); chord [n, 2, 126] of each frame (root, + 12 if minor; 24: none, or the tail of a
-        room); beats [n, 2, 14] and onsets [n, 2, 56] in seconds, NaN where there is none. `rich` is the share
+        (lead), tempo (BPM); chord [n, 2, 126] of each frame (root, + 12 if minor; 24: solo, silence);
+        beats [n, 2, 14] and onsets [n, 2, 56] in seconds, NaN where there is none. `rich` is the share
         of rich tracks."""
         rng = random.Random(int(self.seed) * 1_000_003 + int(step))  # int: they may be numpy's
         tracks = [self.track(rng, rng.random() < rich) for _ in range(n)]
@@ -701,7 +688,7 @@ class SyntheticMusic:
         waves = torch.from_numpy(np.stack(waves)).unflatten(0, (n, 2))
         each = lambda f: torch.tensor([f(t) for t in tracks])  # [n]
         for i, t in enumerate(tracks):
-            if t.wet:  # in a room; circular: the tail sounds as if the piece had begun before
+            if t.wet:  # a room, circular: what rings on at the end is heard at the start
                 spectrum = torch.fft.rfft(waves[i]) * (1 + t.wet * self.rooms[t.room])  # [2, 32001]
                 waves[i] = torch.fft.irfft(spectrum, SAMPLES)
         loudest = waves.abs().amax(2, keepdim=True).clamp_min(1e-6)
@@ -743,7 +730,7 @@ class SyntheticMusic:
         amp = h ** -slope * np.where(h % 2 == 0, even, 1) * 10 ** (stray / 20) * (hz < 5500)  # hardly aliases
         amp = amp * (0.15 + np.exp(-np.log2(hz / formant) ** 2)) if formant else amp
         partial = np.round(CYCLES * h * np.sqrt(1 + stretch * h * h)).astype(int)  # stiff strings stretch
-        turn = np.exp(2j * math.pi * np.array([rng.random() for _ in h]))  # phases, against one high peak
+        turn = np.exp(2j * math.pi * np.array([rng.random() for _ in h]))  # random phases: no high peaks
         spectrum = np.zeros((2 if upper else 1, TABLE // 2 + 1), complex)
         spectrum[:, partial] = turn * amp / np.linalg.norm(amp) * ([1 / h, 1 - 1 / h] if upper else 1)
         return np.fft.irfft(spectrum, norm="forward").astype(np.float32)
@@ -776,20 +763,20 @@ class SyntheticMusic:
                 if rhythm[tick] and rng.random() < t.density:
                     step = 9 - abs(9 - abs(step + rng.choice((-2, -1, -1, 1, 1, 2))))  # reflected into 0..9
                     if tick == 0 and rng.random() < 0.75:
-                        step -= (0, 1, 0, 1, 0, 1, -1)[(step - degree) % 7]
+                        step -= (0, 1, 0, 1, 0, 1, -1)[(step - degree) % 7]  # to degree + 0, 2, 4 or 7
                     octave, note = divmod(step, 7)  # step counts notes of the scale upwards
                     pitch = place(t.tonic, t.low[0]) + scale[note] - t.tonic + 12 * octave
                     melody.append((start + tick, pitch))
             if t.texture == "solo":
                 continue
             # chords: held or broken by a band, moving with the beat in a chorale
-            turn, spread = rng.randrange(3), 4 * (t.texture == "chorale")
+            turn, spread = rng.randrange(3), 4 * (t.texture == "chorale")  # order of voices; semitones apart
             if t.arpeggio:
                 inner[0].extend((start + i, place(triad[(start + i) // 2 % 3], t.low[1])) for i in (0, 2))
             elif new or spread and rng.random() < 0.6:
                 for i, line in enumerate(inner):
                     line.append((start, place(triad[(i + turn) % 3], t.low[1] - spread * i)))
-            # bass: roots, some fifths between them, inversions
+            # bass: roots, some fifths between them, rich: some thirds
             if new or rng.random() < 0.5:
                 tone = 1 if t.rich and rng.random() < 0.25 else 0 if new or rng.random() < 0.75 else 2
                 bass.append((start, place(triad[tone], t.low[2])))
@@ -870,11 +857,7 @@ class AudioFolder(Dataset):
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, index):
-        """Waves [2, samples] of track `index`; torch's random state decides where in the track."""
-        return self.pair(index, torch.Generator().manual_seed(int(torch.randint(2 ** 62, ()))))
-
-    def pair(self, index, generator):
+    def pair(self, index, generator=None):
         """Waves [2, samples] of track `index`, or of a random other one as long as that cannot be used."""
         for _ in range(100 + 10 * len(self.files)):
             a, b = torch.rand(2, generator=generator).tolist()  # drawn for each file alike, good or bad
@@ -887,18 +870,18 @@ class AudioFolder(Dataset):
         file, why = next(iter(self.skipped.items()))
         raise RuntimeError(f"{self.root}: none of {len(self.files)} files can be used; {file}: {why}")
 
+    __getitem__ = pair  # torch's own random state then decides where in the track
+
     def read(self, file, a, b):
         """Two segments of a file, at places a and b in 0..1."""
         import soundfile  # here, so that generated music needs no decoder
         need(os.path.isfile(file), "not a file, or gone")
-        bad = ValueError("not a sound file, or broken")
-        if file in self.unopened:  # tried once: about a bad mp3 libsndfile prints pages, each time
-            raise bad
-        try:
-            sound = soundfile.SoundFile(os.fsencode(file))
-        except RuntimeError:
-            self.unopened.add(file)
-            raise bad from None
+        if file not in self.unopened:  # about a bad mp3 libsndfile prints pages: once is enough
+            try:
+                sound = soundfile.SoundFile(os.fsencode(file))
+            except RuntimeError:
+                self.unopened.add(file)
+        need(file not in self.unopened, "not a sound file, or broken")
         with sound:
             rate, length = sound.samplerate, round(self.seconds * sound.samplerate)
             room = sound.frames - length  # places where a segment can start
@@ -910,11 +893,11 @@ class AudioFolder(Dataset):
                 segments.append(sound.read(length, dtype="float32", always_2d=True).mean(1))
         need(min(map(len, segments)) == length, "ends before its header says")
         waves = torch.from_numpy(np.stack(segments))  # [2, length], at the file's own rate
-        # 120 dB above full scale, where NaN fails as well; 80 dB below it
+        # at most 120 dB above full scale (NaN fails, too), at least -80 dB
         need(waves.abs().max() < 1e6, "holds NaN, infinity or numbers beyond all sound")
         need(waves.abs().amax(1).min() >= 1e-4, "silent where it was read")
-        rate = 25 * round(rate / 25)  # at most 3 cents off; 44,101 Hz to the letter takes a filter of minutes
-        waves = torchaudio.functional.resample(waves, rate, SAMPLE_RATE)  # its input, where the rates agree
+        rate = 25 * round(rate / 25)  # at most 3 cents off; exact, 44,101 Hz would take minutes to resample
+        waves = torchaudio.functional.resample(waves, rate, SAMPLE_RATE)  # itself, if the rates agree
         missing = round(self.seconds * SAMPLE_RATE) - waves.shape[1]  # a few, or below 0: F.pad then cuts
         return F.pad(waves, (0, missing)).clamp(-1, 1)
 
@@ -938,15 +921,14 @@ class Stream(Dataset):
         c, progress, g, waves = self.config, i / self.config.steps, self.generator(i), []
         # without --init generated music warms up; then some of it stays, lest a folder of few keys spoil `eq`
         # (measured, two runs: after two hours of game music real pieces were still .96 exact; alone, .92)
-        in_folder = self.folder and (c.init or progress >= 2 * c.easy)
-        n_files = math.ceil(c.fresh * (1 - c.generated)) if in_folder else 0
-        if n_files:
+        if self.folder and (c.init or progress >= 2 * c.easy):
+            n_files = math.ceil(c.fresh * (1 - c.generated))
             files = torch.randint(len(self.folder), (n_files,), generator=g).tolist()  # with repeats
             waves += [self.folder.pair(file, g) for file in files]  # [2, 64000] each
-        if n_files < c.fresh:
+        if len(waves) < c.fresh:
             # first easy, then more and more rich: rich from the start led into the shortcut (prototype)
             rich = min(max(progress / c.easy - 1, 0), 1) if c.easy and not c.init else 1
-            waves += self.music.batch(c.fresh - n_files, i, rich)[0]
+            waves += self.music.batch(c.fresh - len(waves), i, rich)[0]
         waves = torch.cat(waves)  # [2 fresh, 64000]
         features = (waves,) if c.encoder == "tune" else self.front_end(waves)
         skipped = self.folder.skipped if self.folder else {}
@@ -981,7 +963,7 @@ def calibration_music():
     return SyntheticMusic(998).batch(64, 0)
 
 def calibrate(model, device="cpu", offsets=(MIDDLE,)):
-    """The mean profile of music in C major and A minor [12], as CPSD leaves free how y is rotated.
+    """The mean profile [12] of music in C major and A minor: CPSD alone does not say which of y is C.
 
     Taken from 64 generated tracks, whose keys we know because we wrote them; no real music is labelled. One
     cadence is too pure: its y snaps to one pitch class, often beside real music's."""
@@ -1007,8 +989,8 @@ def monitor(model, waves, truth=None):
     equivariance    phases of A over crops 2, 5, 8, 11, 14 (a right angle apart), rotated back: near 1 only if
                     y rotates with the crop
     fork            the same of the pitch fork
-    follows_key     how well the phase follows the true key signature
-    follows_offset  how well it follows the crop alone: the shortcut
+    follows_key     1 if the phase of y is set by the true key signature
+    follows_offset  1 if it is set by the crop's offset alone: the shortcut
     exact, fifth    label-free key signatures of tracks (both segments): right, within a fifth"""
     crops = (2, 5, MIDDLE, 11, 14)
     fork = key_phase(key_profile(model, pitch_fork().to(waves), crops))[:, 0].sgn()  # [5] unit phasors
@@ -1019,7 +1001,7 @@ def monitor(model, waves, truth=None):
                   fork=fork.mean().abs(), follows_offset=a.mean().abs())
     if truth is not None:
         count = torch.bincount(truth, minlength=12)
-        weight = 1 / (count[truth] * (count > 0).sum())  # keys count alike: only what ignores key remains
+        weight = 1 / (count[truth] * (count > 0).sum())  # keys count alike, so that what follows key cancels
         away = (7 * (key_signature(y_a[2] + y_b, calibrate(model, waves.device)) - truth)) % 12  # in fifths
         result |= dict(follows_offset=(a.mean(0) * weight).sum().abs(), exact=(away == 0).float().mean(),
                        fifth=((away <= 1) | (away == 11)).float().mean(),
@@ -1114,8 +1096,8 @@ def read_checkpoint(path, *needed):
     """-> content and its model. Plain data and tensors only (weights_only): nothing in a file can run."""
     data = Path(path).read_bytes()  # if the disk fails, the file is not to blame
     try:
-        whole = zipfile.ZipFile(io.BytesIO(data)).testzip() is None  # torch does not read the checksums
-        need(whole, "its checksums are wrong")
+        # torch does not read the checksums
+        need(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, "its checksums are wrong")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         missing = {"model", "config", *needed} - content.keys()
         need(not missing, f"lacks {', '.join(sorted(missing))}")
@@ -1141,7 +1123,7 @@ def set_aside(path, error):
 def load(path, device="cpu"):
     """Run folder or model.pt -> model in eval mode. FileNotFoundError and ValueError say what is wrong."""
     path = Path(path)
-    if path.is_dir() or not (path.is_file() or path.suffix == ".pt"):
+    if path.is_dir() or not (path.is_file() or path.suffix == ".pt"):  # a run folder, even if missing
         path = path / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train: python mt2.py --out {path.parent}")
@@ -1175,13 +1157,13 @@ def open_log(path, columns, last_step):
 
     It stays locked: two runs at once in one folder would spoil each other's saves."""
     file = open(path, "a+", buffering=1, encoding="ascii", errors="replace", newline="\n")
-    with contextlib.suppress(ImportError, OSError):  # Windows, or a disk without locks
-        import fcntl
-        try:
-            # it ends with the process, however that ends; workers do not inherit it
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"{path}: another run is writing here; name another --out") from None
+    try:
+        import fcntl  # a lock that ends with the process, and that workers do not inherit
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{path}: another run is writing here; name another --out") from None
+    except (ImportError, OSError):  # Windows, or a disk without locks
+        pass
     header = ",".join(columns) + "\n"
     if not path.stat().st_size:
         file.write(header)
@@ -1198,8 +1180,7 @@ def open_log(path, columns, last_step):
     return file
 
 def pick_device(name):
-    """auto: cuda (each process its own), or else cpu. Apple's mps is not among them: what torch 2.11 computes
-    there can be wrong without a word (pytorch issues 177116, 180201), and it could not be tried here."""
+    """auto: cuda (each process its own), else cpu. No mps: torch 2.11 can be wrong there (pytorch 177116)."""
     there = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     name = there[0] if name == "auto" else name
     need(name in there, f"--device {name}: mt2 can use {' or '.join(there)} here")
@@ -1209,7 +1190,7 @@ def keep_memory():
     """Let the C library keep what is freed: by default large tensors go back to the system and are fetched
     anew, page by page, in every step (measured: a demo step takes .86 of the time, one of paper size .89)."""
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # not every C library has it
+        mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)            # M_MMAP_MAX: take no memory from outside the heap
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give none of it back
 
@@ -1225,7 +1206,7 @@ def music_stream(c, rank, device, first, end):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    # a GPU needs one core; more than 12 workers could fill the 64 MB that a container shares (unmeasured)
+    # the loop needs a core; more than 12 workers could fill a container's 64 MB of shared memory (unmeasured)
     spare = cores // 2 if device.type == "cpu" else min(cores - 1, 12)
     workers = max(1, spare) if c.workers < 0 else c.workers  # 0: music is made between the steps
     if device.type == "cpu":  # with more threads than free cores a step takes up to ten times as long
@@ -1239,8 +1220,7 @@ def train(config):
     """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.
 
     SIGINT and SIGTERM save and raise SystemExit, a second one of its kind kills; ValueError, OSError,
-    RuntimeError and FloatingPointError say in one line what is wrong. On CPU the caller's threads and memory
-    are set as well (`music_stream`)."""
+    RuntimeError and FloatingPointError say in one line what is wrong. On CPU it sets threads and malloc."""
     signals = []
 
     def hear(number, frame):  # noted; the step ends first
@@ -1264,8 +1244,8 @@ def run(config, signals):
         # on an H200, cuDNN's backward of one query to 128 keys can be NaN (NVIDIA/cudnn-frontend issue 1072)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        kind = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(kind, device_id=device if kind == "nccl" else None)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     rank = dist.get_rank() if dist.is_initialized() else 0
     state = resume(c, out)
     done = state["step"] if state else 0
@@ -1289,7 +1269,7 @@ def run(config, signals):
             raise ValueError(f"--init {c.init}: a model of another shape; give its --size, --tasks")
         model.load_state_dict(theirs.state_dict())
     model.to(device).train()
-    # each task has one shape: so fixed, a demo step takes .83 of the time, else .87 (measured, alone)
+    # not dynamic, as each task has one shape: a demo step takes .83 of the time, dynamic .87 (measured)
     encode = torch.compile(model.encode, dynamic=False) if c.compile else model.encode
     groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
@@ -1311,10 +1291,10 @@ def run(config, signals):
             what = f"{out}/state.pt: does not fit its own config ({brief(error)}); name another folder"
             set_aside(out / "state.pt", what)
 
-    # music: chunks of `fresh` tracks go round a ring, the pool. In step s it holds the last `slots` chunks of
-    # those before s + ahead, so that a resumed run begins with the oldest of them
+    # music: chunks of `fresh` tracks go round a ring, the pool. In step s it holds the last `slots` of chunks
+    # 0 to s + ahead - 1; a resumed run makes these again, from the oldest on
     slots = math.ceil(c.pool / c.fresh)
-    ahead = min(slots, math.ceil(2 * c.batch / c.fresh))  # two batches lie there before the first step
+    ahead = min(slots, math.ceil(2 * c.batch / c.fresh))  # enough for two batches before the first step
     next_chunk = max(0, done + ahead - slots)
     stream, chunks = music_stream(c, rank, device, next_chunk, c.steps - 1 + ahead)
     pool, skipped = None, {}
@@ -1338,9 +1318,10 @@ def run(config, signals):
             watched |= {"folder": (tracks, {})} if "eq" in c.tasks else {}
     weighted = lambda terms: terms.get("nt_xent", 0) + c.eq_weight * terms.get("cpsd", 0)
     bad, begin = 0, time.time()  # updates that failed in a row; speed counts from here
-    bar = tqdm(total=c.steps, initial=done, unit="step", disable=rank > 0, dynamic_ncols=True)
+    bar = tqdm(range(done, c.steps), total=c.steps, initial=done, unit="step", disable=rank > 0,
+               dynamic_ncols=True)
     say = bar.write if rank == 0 else lambda text: None
-    for step in range(done, c.steps):
+    for step in bar:
         # fresh tracks into the pool, a batch out of it
         while next_chunk < step + ahead:
             fresh, found = next(chunks)
@@ -1390,9 +1371,7 @@ def run(config, signals):
             rate = (step + 1 - done) * c.batch * world_size() / (time.time() - begin)  # tracks a second
             row = loss, values.get("nt_xent", math.nan), values.get("cpsd", math.nan), lr, rate
             log.write(f"{step + 1}," + ",".join(f"{x:.6g}" for x in row) + "\n")
-            shown = {k: f"{v:.3f}" for k, v in values.items()}
-            bar.set_postfix(loss=f"{loss:.3f}", **shown, tracks_s=f"{rate:.0f}")
-            bar.update()
+            bar.set_postfix(loss=loss, **values, tracks_s=f"{rate:.0f}")
             due = step + 1 == c.steps or (step + 1) % c.save_every == 0  # for a look and a save
             if due and skipped:
                 say(f"step {step + 1}: skipped {len(skipped)} files so far, or passages of them")
@@ -1411,8 +1390,7 @@ def run(config, signals):
             if rank == 0:
                 saved = "the last save stands" if bad else f"saved after step {step + 1}"
                 print(f"{out}: stopped, {saved}; the same command goes on from there")
-            raise SystemExit(128 + (signals or [signal.SIGTERM])[0])  # what a shell reports of such an end
-    bar.close()
+            raise SystemExit(128 + (signals or [signal.SIGTERM])[0])  # a shell's status for death by signal
     return out
 
 # ---- The command line -----------------------------------------------------------------------------------
@@ -1423,16 +1401,15 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: sys.exit(f"mt2: {message}; python mt2.py --help lists the flags")
     for field in dataclasses.fields(Config):
-        kind = str if field.type is tuple else field.type
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default,
-                            help=field.metadata["help"])
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
+                            help=field.metadata["help"], type=str if field.type is tuple else field.type)
     try:
         out = train(Config(**vars(parser.parse_args())))
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{out}/model.pt is trained; what it knows: python probe.py {out}")
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        message = f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}"  # of a worker: its last line
+        message = f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}"  # a worker's cause comes last
         remedies = (("tried to allocate", "lower --batch"), ("dataloader worker (pid", "try --workers 0"),
                     ("</torch_", "try --workers 0"), ("no space left", "make room; the same command goes on"))
         message += next((f"; {what}" for sign, what in remedies if sign in message.lower()), "")
