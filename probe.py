@@ -14,7 +14,6 @@ untrained. The file reads from readouts to probes, tasks and metrics, data, the 
 import argparse
 import csv
 import importlib
-import io
 import json
 import math
 import os
@@ -256,17 +255,14 @@ def clip_task(name, truth, owner):
     from mir_eval.key import weighted_score
     kind, labels = KINDS.get(name), truth
     tags = kind == "tags" or any(len(v) != 1 for v in truth if v is not None)
-    classes = sorted(set().union(*filter(None, truth)))  # those that occur
-    if kind == "key":
-        classes = range(24)  # in fixed places, for mir_eval
+    classes = range(24) if kind == "key" else sorted(set().union(*filter(None, truth)))  # those that occur
     if kind == "tempo":  # 5 % apart: the nearest lies within 2.5 %
         classes = [classes[0] * 1.05 ** i for i in range(2 + int(math.log(classes[-1] / classes[0], 1.05)))]
         labels = [v and {min(classes, key=lambda c: abs(c - bpm)) for bpm in v} for v in truth]
     y = torch.tensor([[math.nan if v is None else float(c in v) for c in classes] for v in labels])
 
     def score(p, test, valid):
-        count = owner.bincount(minlength=len(y))[:, None]  # windows of each file, over which p is averaged
-        p = torch.zeros_like(y).index_add(0, owner, p) / count  # [files, C]
+        p = torch.zeros_like(y).index_add(0, owner, p) / owner.bincount(minlength=len(y))[:, None]  # per file
         right, said = y[test].numpy(), p[test].numpy()  # [files, C]
         if tags:
             return ranking(right, said)
@@ -283,13 +279,10 @@ def chord_task(name, truth, owner, now):
     """Truth: (intervals [n, 2] in s, classes [n]) per file; windows: their files, times of their frames.
     mir_eval's majmin, frame by frame: the share of right ones where the label is major, minor or N."""
     index = torch.full(now.shape, -1)  # [windows, frames]; -1: no label, not scored
-    for i, file in enumerate(owner.tolist()):
-        if truth[file]:
-            intervals, classes = truth[file]
-            begin, end = torch.tensor(intervals, dtype=now.dtype).T.contiguous()
-            last = torch.searchsorted(begin, now[i], right=True) - 1  # the chord that began last; -1: none
-            within = (last >= 0) & (now[i] < end[last])
-            index[i] = torch.tensor(classes)[last].where(within, -1)
+    for row, time, file in zip(index.numpy(), now.numpy(), owner.tolist()):  # a row is a view of index
+        intervals, classes = truth[file] or ((), ())
+        for (begin, end), chord in zip(np.float32(intervals), classes):  # as precise as `now`
+            row[(begin <= time) & (time < end)] = chord
     y = F.one_hot(index.clamp_min(0), 25).float().masked_fill(index[..., None] < 0, math.nan)
 
     def score(p, test, valid):
@@ -305,13 +298,11 @@ def event_task(name, truth, owner, now):
     """Truth: times [n] in s per file. F-measure per file, beats within 70 ms, onsets within 50 ms."""
     import mir_eval
     f_measure = mir_eval.beat.f_measure if "beat" in name else lambda *a: mir_eval.onset.f_measure(*a)[0]
-    y = torch.zeros(*now.shape, 1)  # 1 where a frame holds an event
+    y = torch.full((*now.shape, 1), math.nan)  # 1 where a frame holds an event, else 0; NaN without labels
     for i, file in enumerate(owner.tolist()):
-        if truth[file] is None:
-            y[i] = math.nan
-        else:
+        if truth[file] is not None:
             frame = np.round((truth[file] - now[i, 0].item()) / HOP_S)  # may lie in another window
-            y[i, frame[(frame >= 0) & (frame < now.shape[1])].astype(int)] = 1
+            y[i, :, 0] = torch.from_numpy(np.isin(range(now.shape[1]), frame))
 
     def score(p, test, valid):
         p = p[:, :-1, 0]  # the last frame of a window is the first of the next
@@ -337,7 +328,7 @@ LIMIT = 120.0  # seconds that are read of a file
 
 def generated(truth):
     """Batches for `collect`; fills `truth`, a defaultdict {task: labels, one per clip}, on the way."""
-    names, start = list(mt2.INSTRUMENTS), np.arange(mt2.FRAMES) * HOP_S
+    names, start = list(mt2.INSTRUMENTS), (np.arange(mt2.FRAMES) - 0.5) * HOP_S
     spans = np.stack([start, start + HOP_S], 1)  # a chord per frame, as read from a .lab file
     for part, (clips, local) in enumerate(zip(torch.arange(sum(COUNTS)).split(COUNTS), LOCAL)):
         music = mt2.SyntheticMusic(1001 + part)  # trained on from 4096; 998 calibrates, 999 watches
@@ -369,8 +360,7 @@ def cut(path):
     good = 1000 <= rate <= 10 ** 6 and len(wave) and 1e-4 <= np.abs(wave).max() < 1e6
     need(good, f"{path}: holds no sound, or NaN, infinity, a level or a rate beyond all sound; remove it")
     if len(wave) < length - rate:  # only said, as of an mp3 without a table of contents the length is a guess
-        note = f"{path}: {len(wave) / rate:.0f} s could be read, {length / rate:.0f} s announced; cut?"
-        tqdm.write(note, file=sys.stderr)
+        tqdm.write(f"{path}: read {len(wave) / rate:.0f} of {length / rate:.0f} s; cut?", file=sys.stderr)
     wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
         tqdm.write(f"{path}: shorter than {SECONDS:g} s, padded with silence", file=sys.stderr)
@@ -417,13 +407,12 @@ def parse(kind, text, folder, sound):
     from mir_eval.key import KEY_TO_SEMITONE
     if kind == "key":
         tonic, _, mode = text.replace(":", " ").lower().partition(" ")  # as in C:maj, f# minor
-        tonics = KEY_TO_SEMITONE | {"cb": 11, "fb": 4, "e#": 5, "b#": 0}  # which mir_eval leaves out
+        tonics = KEY_TO_SEMITONE | {"cb": 11, "fb": 4, "e#": 5, "b#": 0}  # it lacks these
         index = tonics.get(tonic), {"maj": 0, "min": 12}.get(mode.strip()[:3])
         need(None not in index, f"'{text}' is no key like C major or F# minor")
         return {sum(index)}
     if kind == "tempo":
-        good = text.replace(".", "", 1).isdecimal() and 10 <= float(text) <= 1000
-        need(good, f"'{text}' is not 10 to 1000 beats per minute")
+        need(10 <= float(text) <= 1000, f"'{text}' is not 10 to 1000 beats per minute")
         return {float(text)}
     if kind in FRAME_TASKS:
         return read_labels(folder / text, kind, sound)
@@ -451,8 +440,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
     need(once, f"{path}: a file is listed twice; give each file one row")
     lot = np.random.default_rng(seed).permutation(len(rows))  # without a split: a fifth is drawn for testing
     split = [row.get("split", "test" if i < len(rows) / 5 else "train").strip() for i, row in zip(lot, rows)]
-    wrong = sorted(set(split) - {"train", "valid", "test"})
-    need(not wrong, f"{path}: split {wrong[:1]} is not train, valid or test")
+    need({*split} <= {"train", "valid", "test"}, f"{path}: column 'split' knows train, valid and test only")
     for task in tasks:
         cells = [row[task].strip() for row in rows]
         kind = KINDS.get(task, "tags")
@@ -589,13 +577,11 @@ def ready(path):
     good = there.is_dir() and os.access(there, os.W_OK) and not Path(path).is_dir()
     need(good, f"--out: {path} cannot be written; name another place")
 
-def write(path, content):
-    """Bytes, text or a figure -> file, whole or not at all."""
+def write(path, save):
+    """Whatever save(open file) writes -> file, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if hasattr(content, "savefig"):
-        content.savefig(buffer := io.BytesIO(), format="png", dpi=110)
-        content = buffer.getvalue()
-    Path(f"{path}.tmp").write_bytes(content.encode() if isinstance(content, str) else content)
+    with open(f"{path}.tmp", "wb") as file:
+        save(file)
     os.replace(f"{path}.tmp", path)  # whoever reads meanwhile sees the old file or the new one
     print(path)
 
@@ -606,7 +592,7 @@ def layers_figure(results):
     systems = list(dict.fromkeys(system for system, _ in rows))
     references = [s for s in systems if s in REFERENCES or s.endswith(" attention")]
     width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)  # one more for the legend
-    figure = Figure((3.2 * width, 2.7 * height), layout="constrained")
+    figure = Figure((3.2 * width, 2.7 * height), dpi=110, layout="constrained")
     panels = {task: figure.add_subplot(height, width, 1 + i) for i, task in enumerate(tasks)}
     for (system, task), mine in rows.items():
         ax = panels[task]
@@ -635,7 +621,7 @@ def similarity_figure(model, waves):
     seq = seq.flatten(1, 2)  # [layers, 25 n, dim]
     seq = F.normalize(seq - seq.mean(1, keepdim=True), dim=-1).cpu().numpy()
     width, height, extent = min(5, len(seq)), math.ceil(len(seq) / 5), (0, SECONDS * len(waves)) * 2
-    figure = Figure((2.8 * width + 1, 2.8 * height + 0.8), layout="constrained")
+    figure = Figure((2.8 * width + 1, 2.8 * height + 0.8), dpi=110, layout="constrained")
     for layer, x in enumerate(seq):  # x [25 n, dim]
         ax = figure.add_subplot(height, width, layer + 1)
         image = ax.imshow(x @ x.T, cmap="cividis", vmin=-1, vmax=1, origin="lower", extent=extent)
@@ -647,7 +633,7 @@ def similarity_figure(model, waves):
 def attention_figure(model, wave):
     """Log-mel spectrogram of a window [1, 64000]; below, what the class tokens attend to, a row per head."""
     mel, paid, n = model.front_end(wave)[0].cpu().numpy(), attention(model, wave), len(model.class_tokens)
-    figure = Figure((9, 2.6 + 1.9 * n), layout="constrained")
+    figure = Figure((9, 2.6 + 1.9 * n), dpi=110, layout="constrained")
     top, *below = figure.subplots(1 + n, sharex=True)
     style = dict(cmap="cividis", aspect="auto", interpolation="nearest")
     extent = (0, SECONDS, 0, mt2.N_MELS)  # s and mel bands
@@ -675,11 +661,10 @@ def circle_figure(model, waves):
     # y's bin of C: a one-hot y there is nearest to the phase of C major
     bin_of_c = (mt2.key_phase(torch.eye(12)) * c_major.conj()).real.argmax()
     fifths = 7 * torch.arange(12) % 12
-    y = y[:, (fifths + bin_of_c) % 12]  # [n, 12] around the circle
-    figure = Figure((7, 6), layout="constrained")
+    y = y[:, (fifths + bin_of_c) % 12].repeat_interleave(9, 1).numpy()  # [n, 12 x 9]: so the cells look round
+    figure = Figure((7, 6), dpi=110, layout="constrained")
     ax = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     time, turn = np.arange(len(y) + 1), math.pi / 6  # s, and the angle of a fifth
-    y = y.repeat_interleave(9, 1).numpy()  # so that the cells look round
     image = ax.pcolormesh(np.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
     ax.plot(angle, time[:-1] + 0.5, "o", color="k", mec="w", ms=5)
     ax.set_rlabel_position(math.degrees(np.angle(np.exp(1j * angle).mean())) + 180)  # where no dots are
@@ -729,18 +714,17 @@ def measure(models, others, args, device):
         need(len(train) > 1 and len(test), f"column '{name}': too few files of train or test could be read")
     results = study(found, tasks, parts, device, args.mix)
     # first to the disk, then to the screen: what took minutes must outlive a flaw in a table
-    write(out / "results.json", json.dumps(results, indent=1))
+    write(out / "results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
     table(results)
-    write(out / "layers.png", layers_figure(results))
+    write(out / "layers.png", layers_figure(results).savefig)
     if args.data:
         none_lost(len(owner.unique()), files)
 
 def command_table(args, device):
     """Linear probes of runs or other encoders, beside their references."""
     need(args.run or args.encoder, "name a run folder, or another encoder with --encoder")
-    for run in args.run:
-        reserved = run in REFERENCES or run.endswith(" attention")
-        need(not reserved, f"{run}: the name of a reference; write {run}/model.pt")
+    taken = [run for run in args.run if run in REFERENCES or run.endswith(" attention")]
+    need(not taken, f"{taken[:1]}: the name of a reference; append /model.pt")
     models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
     others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
               for spec in args.encoder}
@@ -768,9 +752,8 @@ def command_embed(args, device):
     ready(out)
     files = read_files(progress(args.file, "files"), frames=False)
     found, owner, now, _ = collect(system, files, device)
-    names = np.array(args.file)[owner.numpy()]
-    np.savez(buffer := io.BytesIO(), names=names, times=now[:, 0], **found["", ()])  # where windows start, s
-    write(out, buffer.getvalue())
+    names, times = np.array(args.file)[owner.numpy()], now[:, 0]  # of each window its file and start in s
+    write(out, partial(np.savez, names=names, times=times, **found["", ()]))
     none_lost(len(owner.unique()), args.file)
 
 def command_key(args, device):
@@ -815,15 +798,14 @@ def command_figures(args, device):
     model = mt2.load(args.run, device)
     need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")
     waves = cut(args.file)[:15].to(device)
-    write(out / "ssm.png", similarity_figure(model, waves[:8]))
-    write(out / "attention.png", attention_figure(model, waves[:1]))
+    write(out / "ssm.png", similarity_figure(model, waves[:8]).savefig)
+    write(out / "attention.png", attention_figure(model, waves[:1]).savefig)
     if "eq" in model.class_tokens:
-        write(out / "circle.png", circle_figure(model, waves))
+        write(out / "circle.png", circle_figure(model, waves).savefig)
 
-FLAGS = {  # * and +: so many of them; not part of the name
+FLAGS = {  # *: any number of them; not part of the name
     "run": dict(help="run folder or model.pt"), "run*": dict(nargs="*", help="run folders or files model.pt"),
     "file": dict(help="sound file"), "file*": dict(nargs="*", help="sound files"),
-    "file+": dict(nargs="+", help="sound files"),
     "--data": dict(help="manifest.csv with columns path, labels, perhaps split"),
     "--task": dict(help="columns of the manifest, or tasks on generated music; comma-separated"),
     "--encoder": dict(action="append", default=[], help="muq:DIR, mert:DIR, musicfm:DIR or module:callable"),
@@ -839,20 +821,19 @@ FLAGS = {  # * and +: so many of them; not part of the name
 COMMANDS = {
     "table": (command_table, "run* --encoder --download --trust-remote-code"
                              " --data --task --mix --seed --out"),
-    "key": (command_key, "run file* --data --csv"), "embed": (command_embed, "run file+ --out"),
+    "key": (command_key, "run file* --data --csv"), "embed": (command_embed, "run file* --out"),
     "figures": (command_figures, "run file --out"),
     "ablation": (command_ablation, "--steps --seeds --data --task --mix --seed --out")}
 
-def main(words=None):
+def main(words):
     """Without a command's name in front: the table."""
-    words = sys.argv[1:] if words is None else words
     name, *words = words if words and words[0] in COMMANDS else ["table", *words]
     function, flags = COMMANDS[name]
     parser = argparse.ArgumentParser(f"probe.py {name}", formatter_class=argparse.RawDescriptionHelpFormatter,
                                      description=__doc__, epilog=f"{name}: {function.__doc__}")
     parser.error = lambda message: sys.exit(f"probe: {message}; see --help")
     for flag in (*flags.split(), "--device"):
-        parser.add_argument(flag.rstrip("*+"), **FLAGS[flag])
+        parser.add_argument(flag.rstrip("*"), **FLAGS[flag])
     args = parser.parse_intermixed_args(words)  # songs may stand before flags, behind them or both
     try:
         function(args, mt2.pick_device(args.device))
@@ -864,4 +845,4 @@ def main(words=None):
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # names of files may hold what a screen cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
-    main()
+    main(sys.argv[1:])
