@@ -3,12 +3,12 @@
     python probe.py RUN...                                     # linear probes on generated music, no download
     python probe.py RUN --data manifest.csv --task key,chords  # on your own labelled music
     python probe.py --encoder muq:FOLDER                       # any other frozen encoder, the same code
-    python probe.py key | embed RUN FILE...                    # key signatures or features of songs
-    python probe.py figures RUN FILE                           # pictures of one
+    python probe.py key RUN FILE...                            # key signatures of songs; embed: features
+    python probe.py figures RUN FILE                           # pictures of a song
     python probe.py ablation --steps 2400                      # two class tokens in one model, or two models?
 
 A probe is one linear layer on standardised frozen features. Its score means something only above the
-references in its table: log-mel statistics, VQT chroma, spectral flux and, beside runs, the same network
+references in its table: log-mel statistics, VQT chroma, spectral flux and, for runs, the same network
 untrained. The file reads from readouts to probes, tasks and metrics, data, the study, figures and commands.
 """
 import argparse
@@ -34,19 +34,19 @@ from tqdm import tqdm
 import mt2
 from mt2 import HOP, SAMPLE_RATE, SAMPLES, SECONDS, need
 
-READOUTS = ("eq", "con", "cls_avg", "seq_avg", "all_avg")  # of a clip; frame tasks read its sequence tokens
+READOUTS = ("eq", "con", "cls_avg", "seq_avg", "all_avg")  # of clips; of frames there is one more: "seq"
 HOP_S = HOP / SAMPLE_RATE  # 32 ms
 PITCHES = "C Db D Eb E F Gb G Ab A Bb B".split()
 MINORS = "C C# D Eb E F F# G G# A Bb B".split()  # as minor keys are usually spelt
 KEYS = [f"{p} major" for p in PITCHES] + [f"{p} minor" for p in MINORS]
 progress = partial(tqdm, disable=None, leave=False)  # a bar on stderr, if that is a screen
 
-# ---- Readouts. A system: waves [B, T] at 16 kHz -> {readout: [layers, B, D], of frames [layers, B, 126, D]}
+# ---- Readouts. A "system" is a function: waves [B, T] -> {readout: [layers, B, D] or [layers, B, 126, D]}
 
 def readouts(layers, class_tokens=(), edge=0):
     """Layers, each [B, n_cls + frames_l, dim_l] -> READOUTS [layers, B, dim] and "seq" [layers, B, 126, dim].
-    Sequences are averaged or repeated to 126 frames; `edge` frames at either end, of which the encoder heard
-    nothing, repeat the nearest. Narrow layers end in zeros. cls_avg needs two class tokens, all_avg one."""
+    Sequences are averaged or repeated to 126 frames; the first and last `edge`, of which nothing was heard,
+    copy the nearest one. Narrow layers end in zeros. cls_avg needs two class tokens, all_avg one."""
     n, dim, found = len(class_tokens), max(x.shape[-1] for x in layers), []
     for x in layers:
         cls, seq = x[:, :n], x[:, n:]
@@ -63,15 +63,15 @@ def readouts(layers, class_tokens=(), edge=0):
 
 def of_model(model, spectra):
     """A system out of a model of mt2.py; `spectra` is the front end that all systems of a table share."""
-    if isinstance(model, mt2.TUNe):  # sees the middle 59,049 of 64,000 samples
+    if isinstance(model, mt2.TUNe):  # hears 59,049 of 64,000 samples: 5 frames less at each end
         return lambda wave: readouts(model.layers(wave), edge=5)
-    del model.front_end  # it holds no weights, and the shared one works once per batch for all
+    del model.front_end  # it has no weights; `measure` shares one among systems, once per batch
     model.front_end = spectra
     return lambda wave: readouts(model.layers(wave), model.class_tokens)
 
 def attention(model, wave):
-    """Attention to frames by class tokens and, on average, by frames: {name: [blocks, B, heads, frames]}."""
-    n, passes = len(model.class_tokens), model.passes(wave)  # layer i of a pass is what block i is given
+    """Attention paid to frames by class tokens and, "seq", by the mean frame: [blocks, B, heads, frames]."""
+    n, passes = len(model.class_tokens), model.passes(wave)  # layer i of a pass is the input of block i
     maps = [block.attention(*block.project(x)[:2])[..., n:]  # [B, heads, N, frames]
             for layers in passes for block, x in zip(model.blocks, layers)]
     maps = torch.stack(maps).unflatten(0, (len(passes), -1))  # [passes, blocks, B, heads, N, frames]
@@ -80,18 +80,18 @@ def attention(model, wave):
     return paid | {"seq": maps.mean(0)[..., n:, :].mean(3)}
 
 def of_attention(model):
-    """Emergent onsets: the rise of the attention to a frame, {name: [blocks x heads, B, frames, 1]}."""
+    """Onsets from attention: how much it rises at a frame, {name: [blocks x heads, B, frames, 1]}."""
     rise = lambda x: F.pad(x.diff(dim=-1).clamp_min(0), (1, 0)).transpose(1, 2).flatten(0, 1)[..., None]
     return lambda wave: {name: rise(x) for name, x in attention(model, wave).items()}
 
 def of_spectrum(name, spectra):
-    """Reference systems. log-mel, chroma: mean and std over a clip; frames t - 2, t, t + 2 for frame t.
+    """References. log-mel, chroma: of a clip mean and std over time, of frame t frames t - 2, t, t + 2.
     flux: spectral flux, the mean rise of the mel bands in dB, as an onset curve."""
     def read(wave):
         mel, vqt = spectra(wave)  # dB [B, 126, 128] and [B, 126, 99]
         if name == "flux":
             return {"curve": F.pad(mel.diff(dim=1).clamp_min(0).mean(2), (1, 0))[None, ..., None]}
-        chroma = (10 ** (vqt[..., :84] / 20)).unflatten(2, (7, 12)).sum(2)  # [B, frames, 12]
+        chroma = (10 ** (vqt[..., :84] / 20)).unflatten(2, (7, 12)).sum(2)  # [B, frames, 12], A first
         chroma = chroma / chroma.amax((1, 2), keepdim=True)  # without the clip's loudness
         x = chroma if name == "chroma" else mt2.unit_range(mel)  # [B, 126, bins]
         near = F.pad(x.mT, (2, 2), mode="replicate").mT.unfold(1, 5, 1)[..., ::2].flatten(2)
@@ -103,7 +103,7 @@ def of_package(spec, device, download=False, trust=False):
     its own `.rate`, else 16 kHz, and gives a list of [B, frames, dim]. ValueError if it does not load, or
     fails on four seconds of silence."""
     kind, _, where = spec.partition(":")
-    # of transformers 5 neither MERT nor MusicFM gets hidden states (seen with their own code)
+    # with transformers 5 MERT and MusicFM give no hidden states (tried with their own code)
     known = dict(muq="pip install muq 'transformers<5'; FOLDER holds config and weights",
                  mert="pip install 'transformers<5'; FOLDER holds config, weights, code; --trust-remote-code",
                  musicfm="github.com/minzwon/musicfm on PYTHONPATH; pip install einops 'transformers<5'; "
@@ -150,7 +150,7 @@ def of_package(spec, device, download=False, trust=False):
 
 # ---- Probes: one linear layer for each layer x readout x strength of weight decay, all in one computation
 L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-MAX_ROWS = 8000  # windows or frames to train or validate a probe on; for a mixture of layers a quarter
+MAX_ROWS = 8000  # windows or frames that a probe trains or validates on; a mixture of layers: a quarter
 
 def activate(logits, multi):
     """Logits [..., C] -> probabilities: of independent tags if `multi`, else of exclusive classes."""
@@ -164,15 +164,15 @@ def cross_entropy(logits, y, multi):
 def fit(x, y, multi, l2=L2, steps=40):
     """Features x [G, N, D], targets y [N, C] -> weights [G, K, D + 1, C], bias last, for strengths l2 [K].
     Full-batch logistic regression without learning rate or random start. Boehning's bound: the Hessian is at
-    most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots,
-    but by rounding where weak decay meets all but equal features. With Nesterov's momentum 40 steps do."""
+    most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots
+    (save by rounding: weak decay, nearly equal features). With Nesterov's momentum 40 steps suffice."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # the bias is one more weight
-    (G, N, D), K, C = x.shape, len(l2), y.shape[1]  # probes, rows, features and bias, decays, classes
+    (G, N, D), K, C = x.shape, len(l2), y.shape[1]  # D counts the bias now; K decays, C classes
     decay = torch.tensor(l2, device=x.device)[:, None].repeat(1, D)  # [K, D]
     decay[:, -1] = 1e-6  # the bias is free
     bound = (0.25 if multi else 0.5) * (x.mT @ x / N)[:, None] + torch.diag_embed(decay)  # [G, K, D, D]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))  # [G, K, D, D], once for all steps
-    w = ahead = x.new_zeros(G, K, D, C)  # ahead: where momentum is about to carry w
+    w = ahead = x.new_zeros(G, K, D, C)  # ahead: where momentum carries w next
     for step in range(steps):
         logits = (x @ ahead.transpose(1, 2).flatten(2)).unflatten(2, (K, C))  # [G, N, K, C]
         error = (activate(logits, multi) - y[:, None]).flatten(2)  # [G, N, K C]
@@ -192,18 +192,18 @@ def fit_mixture(x, y, multi):
     def closure():
         optimizer.zero_grad()
         logits = (score.softmax(0) * x).sum(0) @ w + b  # [N, C]
-        loss = cross_entropy(logits, y, multi) + 0.005 * w.square().sum()  # decay: .01
+        loss = cross_entropy(logits, y, multi) + 0.005 * w.square().sum()  # a decay of .01
         loss.backward()
         return loss
     optimizer.step(closure)
     return score.softmax(0).detach(), w.detach(), b.detach()
 
 def probe(x, y, held_x, held_y, multi, mix=False):
-    """Train on x [G, N, D], y [N, C], which also standardise; held-out rows choose the decay of each probe
+    """Train on x [G, N, D], y [N, C]; x's mean and std scale all. Held-out rows choose each probe's decay
     -> predict (features [G, M, D] -> logits [G, M, C]), held-out losses [G], None.
     mix: one probe of a learned mixture -> predict (-> [1, M, C]), loss [1], shares of the G layers [G]."""
     mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # [G, 1, D]
-    std = torch.where(std > 1e-6, std, torch.inf)  # what never changes says nothing
+    std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature becomes 0
     scaled = lambda x: (x - mean) / std
     if mix:
         share, w, b = fit_mixture(scaled(x), y, multi)
@@ -217,7 +217,7 @@ def probe(x, y, held_x, held_y, multi, mix=False):
 
 # ---- Tasks: targets for the probe and a metric for what it says, mir_eval's where it has one
 KINDS = dict(key="key", tempo="tempo", bpm="tempo", chord="chord", chords="chord", beat="beat", beats="beat",
-             onset="onset", onsets="onset", tags="tags")  # any other name is a column of classes
+             onset="onset", onsets="onset", tags="tags")  # any other name: classes, or tags
 
 class Task(NamedTuple):
     """What to predict, and how well it was done."""
@@ -228,7 +228,7 @@ class Task(NamedTuple):
 
 def ranking(truth, scores):
     """Truth of 0 and 1, scores [N, C] -> average precision and area under the ROC curve, means over the
-    columns that hold both positives and negatives. Ties enter together, and count half."""
+    columns that hold both positives and negatives. Ties rank together, and count half."""
     ap, auc = [], []
     for t, s in zip(truth.T > 0, scores.T):
         if 0 < t.sum() < len(t):
@@ -239,7 +239,7 @@ def ranking(truth, scores):
     return {"map": np.mean(ap or math.nan), "roc_auc": np.mean(auc or math.nan)}  # NaN without any
 
 def tempo_accuracy(truth, estimate):
-    """BPM [N] twice -> Acc1, within 4 %; Acc2, where half, third, double and triple tempo count as well."""
+    """True BPM [N], estimates -> Acc1, within 4 %; Acc2, where 1/3, 1/2, 2 and 3 times it count as well."""
     near = [np.abs(estimate / (truth * factor) - 1) <= 0.04 for factor in (1, 2, 3, 1 / 2, 1 / 3)]
     return {"acc1": near[0].mean(), "acc2": np.any(near, 0).mean()}
 
@@ -251,7 +251,7 @@ def chord_class(label):
     return {"10001001": root, "10010001": 12 + root}.get(triad, 24 if label == "N" else -1)
 
 def clip_task(name, truth, owner):
-    """Truth, a set per file, None if not labelled: of a class, an index into KEYS, BPM, or of tags."""
+    """Truth: per file a set of one class, KEYS index or BPM, or of tags; or None. owner: files of windows."""
     from mir_eval.key import weighted_score
     kind, labels = KINDS.get(name), truth
     tags = kind == "tags" or any(len(v) != 1 for v in truth if v is not None)
@@ -276,7 +276,7 @@ def clip_task(name, truth, owner):
     return Task(y[owner], owner, score, tags)
 
 def chord_task(name, truth, owner, now):
-    """Truth: (intervals [n, 2] in s, classes [n]) per file; windows: their files, times of their frames.
+    """Truth: (intervals [n, 2] in s, classes [n]) per file; owner, now: files of windows, times of frames.
     mir_eval's majmin, frame by frame: the share of right ones where the label is major, minor or N."""
     index = torch.full(now.shape, -1)  # [windows, frames]; -1: no label, not scored
     for row, time, file in zip(index.numpy(), now.numpy(), owner.tolist()):  # a row is a view of index
@@ -287,7 +287,7 @@ def chord_task(name, truth, owner, now):
 
     def score(p, test, valid):
         known = torch.isin(owner, test)[:, None] & (index >= 0)  # [windows, frames]
-        return {"majmin": (p.argmax(-1) == index)[known].float().mean().item()}  # frames count alike
+        return {"majmin": (p.argmax(-1) == index)[known].float().mean().item()}  # all frames count alike
     return Task(y, owner, score)
 
 def peaks(curve):
@@ -307,23 +307,23 @@ def event_task(name, truth, owner, now):
     def score(p, test, valid):
         p = p[:, :-1, 0]  # the last frame of a window is the first of the next
         peak, held, values = peaks(p), torch.isin(owner, valid), []  # held: windows of validation files
-        # one threshold for all: as many peaks on validation files as they hold events, at least one
+        # one threshold for all: the n-th highest peak of validation files, which hold n (at least 1) events
         heights, count = p[held][peak[held]].sort(descending=True).values, int(y[held, :-1].sum())
-        least = F.pad(heights, (0, 1))[:max(count, 1)][-1]  # 0 where there are too few peaks
+        least = F.pad(heights, (0, 1))[:max(count, 1)][-1]  # 0 if there are fewer peaks
         said = peak & (p >= least)  # [windows, frames]
         for file in test.tolist():
             mine = owner == file
             true = truth[file][truth[file] < now[mine].max().item()]  # of a long file only the start is read
             if len(true):  # F is not defined where nothing happens
                 guess = now[mine, :-1][said[mine]].numpy()
-                values.append(f_measure(true, guess) if len(guess) else 0)  # of which mir_eval would warn
+                values.append(f_measure(true, guess) if len(guess) else 0)  # of none mir_eval would warn
         return {"f_measure": np.mean(values or math.nan)}
     return Task(y, owner, score, multi=True)
 
 FRAME_TASKS = dict(chord=chord_task, beat=event_task, onset=event_task)
 
 # ---- Data: generated music, sound files, manifests
-COUNTS, LOCAL, CHUNK = (800, 200, 400), (200, 100, 150), 50  # train, valid, test clips; with frames; at once
+COUNTS, LOCAL, CHUNK = (800, 200, 400), (200, 100, 150), 50  # train, valid, test clips; with frames; a batch
 LIMIT = 120.0  # seconds that are read of a file
 
 def generated(truth):
@@ -331,8 +331,8 @@ def generated(truth):
     names, start = list(mt2.INSTRUMENTS), (np.arange(mt2.FRAMES) - 0.5) * HOP_S
     spans = np.stack([start, start + HOP_S], 1)  # a chord per frame, as read from a .lab file
     for part, (clips, local) in enumerate(zip(torch.arange(sum(COUNTS)).split(COUNTS), LOCAL)):
-        music = mt2.SyntheticMusic(1001 + part)  # trained on from 4096; 998 calibrates, 999 watches
-        for step, files in enumerate(clips.split(CHUNK)):  # a clip is a file
+        music = mt2.SyntheticMusic(1001 + part)  # training has seeds from 4096, calibration 998, monitor 999
+        for step, files in enumerate(clips.split(CHUNK)):  # a clip stands for a file
             waves, labels = music.batch(CHUNK, step)  # half of the tracks rich, half easy
             for task in ("key", "key_signature", "instrument", "tempo"):
                 truth[task] += [{label} for label in labels[task].tolist()]
@@ -345,8 +345,8 @@ def generated(truth):
             yield waves[:, 0], files, torch.zeros(CHUNK), step * CHUNK < local  # only segment A
 
 def cut(path):
-    """Sound file -> mono 16 kHz windows [n, 64000], one after another, the last padded, or dropped if shorter
-    than a quarter of a window and not all there is. ValueError."""
+    """Sound file -> mono 16 kHz windows [n, 64000], one after another; a rest is padded or, if shorter than
+    a quarter of a window, dropped, unless it is all there is. ValueError."""
     import soundfile
     need(Path(path).is_file(), f"{path}: no such file; name sound files, not folders")
     try:
@@ -356,10 +356,10 @@ def cut(path):
             wave = file.read(length, dtype="float32", always_2d=True).mean(1)
     except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
         raise ValueError(f"{path}: not a sound file, or broken; give whole wav, flac, ogg or mp3") from None
-    # 80 dB below full scale to 120 above it, where NaN fails as well
+    # from 80 dB below full scale to 120 above; NaN fails any comparison
     good = 1000 <= rate <= 10 ** 6 and len(wave) and 1e-4 <= np.abs(wave).max() < 1e6
     need(good, f"{path}: holds no sound, or NaN, infinity, a level or a rate beyond all sound; remove it")
-    if len(wave) < length - rate:  # only said, as of an mp3 without a table of contents the length is a guess
+    if len(wave) < length - rate:  # a note, no error: without a table of contents an mp3's length is a guess
         tqdm.write(f"{path}: read {len(wave) / rate:.0f} of {length / rate:.0f} s; cut?", file=sys.stderr)
     wave = resample(torch.from_numpy(wave), rate, SAMPLE_RATE)
     if len(wave) < SAMPLES:
@@ -378,7 +378,7 @@ def read_files(files, frames=True):
         yield waves, torch.full((len(waves),), i), SECONDS * torch.arange(len(waves)), frames
 
 def none_lost(found, files):
-    """ValueError, and so an exit status, after all work is done, if only `found` of the files were read."""
+    """After all work: ValueError, and so an exit status, if only `found` of the files could be read."""
     need(found == len(files), f"{len(files) - found} of {len(files)} files were left out: see above")
 
 def read_labels(path, kind, sound):
@@ -390,12 +390,12 @@ def read_labels(path, kind, sound):
         rows = [line.split() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         times = np.array([row[:2 if kind == "chord" else 1] for row in rows], float)
         chords = [chord_class(label) for _, _, label in rows] if kind == "chord" else []
-        rising = rows and times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # as written, rounded
+        rising = rows and times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # slack: rounding
         need(rising, "no times that rise")
     except (ValueError, InvalidChordException) as error:
         line = "two rising times in seconds, a chord like A:min" if kind == "chord" else "a time in seconds"
         raise ValueError(f"{path}: empty or not labels ({error}); a line holds {line}") from None
-    last, seconds = times.max(), math.inf  # of a broken sound, as reading it will name it
+    last, seconds = times.max(), math.inf  # inf: a broken sound, which `cut` will name
     with suppress(RuntimeError, TypeError):
         seconds = soundfile.info(os.fsencode(sound)).duration
     # half a second of grace: the last label is often rounded up
@@ -403,11 +403,11 @@ def read_labels(path, kind, sound):
     return (times, chords) if chords else np.sort(times[:, 0])
 
 def parse(kind, text, folder, sound):
-    """A manifest's cell of a kind, and its sound file -> what tasks call truth. ValueError."""
+    """Kind and text of a cell, its sound file -> that truth of the file, as tasks take it. ValueError."""
     from mir_eval.key import KEY_TO_SEMITONE
     if kind == "key":
         tonic, _, mode = text.replace(":", " ").lower().partition(" ")  # as in C:maj, f# minor
-        tonics = KEY_TO_SEMITONE | {"cb": 11, "fb": 4, "e#": 5, "b#": 0}  # it lacks these
+        tonics = KEY_TO_SEMITONE | {"cb": 11, "fb": 4, "e#": 5, "b#": 0}  # mir_eval lacks these
         index = tonics.get(tonic), {"maj": 0, "min": 12}.get(mode.strip()[:3])
         need(None not in index, f"'{text}' is no key like C major or F# minor")
         return {sum(index)}
@@ -432,14 +432,14 @@ def manifest(path, tasks, seed=0, for_probe=True):
         need(columns.count(name) == 1, f"{path}: must have one column '{name}'; has: {', '.join(columns)}")
     surplus = any(any(row.get(None, ())) for row in rows)  # cells beyond the header's, but for empty ones
     need(not surplus, f"{path}: a row has more cells than the header; quote commas")
-    rows = [row for row in rows if any(row[task].strip() for task in tasks)]  # with a label at least
+    rows = [row for row in rows if any(row[task].strip() for task in tasks)]  # with at least one label
     files = [folder / row["path"] for row in rows]
     lost = [str(file) for file in files if not file.is_file()]
     need(not lost, f"{path}: {len(lost)} of {len(files)} files are missing, as {lost[:1]}; fix column 'path'")
     once = len({file.resolve() for file in files}) == len(files)
     need(once, f"{path}: a file is listed twice; give each file one row")
-    lot = np.random.default_rng(seed).permutation(len(rows))  # without a split: a fifth is drawn for testing
-    split = [row.get("split", "test" if i < len(rows) / 5 else "train").strip() for i, row in zip(lot, rows)]
+    rank = np.random.default_rng(seed).permutation(len(rows))  # no split: a random fifth is for testing
+    split = [row.get("split", "test" if i < len(rows) / 5 else "train").strip() for i, row in zip(rank, rows)]
     need({*split} <= {"train", "valid", "test"}, f"{path}: column 'split' knows train, valid and test only")
     for task in tasks:
         cells = [row[task].strip() for row in rows]
@@ -465,15 +465,15 @@ def manifest(path, tasks, seed=0, for_probe=True):
 
 @torch.no_grad()
 def collect(systems, batches, device):
-    """Run every system over batches of (waves [B, T], file of each, start of each in s, whether its frames
-    are kept) -> features {system: {readout: [layers, N, D] or, of the n windows whose frames are kept,
-    [layers, n, 126, D]}}; of all N windows the file, times of frames [N, 126] in s, whether they are kept."""
+    """Run all systems over batches: waves [B, T], files [B], starts [B] in s, whether to keep frames
+    -> features {system: {readout: [layers, N, D] or, of the n windows with frames, [layers, n, 126, D]}},
+    and of all N windows the file [N], the times of frames in s [N, 126], whether frames were kept [N]."""
     found, windows = {name: defaultdict(list) for name in systems}, []
     for waves, files, start, frames in batches:
         waves, now = waves.to(device), start[:, None] + torch.arange(mt2.FRAMES) * HOP_S
         windows.append((files, now, torch.full((len(files),), frames)))
         for (name, seeds), read in systems.items():
-            if not frames and name.endswith(" attention"):  # which has nothing but frames
+            if not frames and name.endswith(" attention"):  # it has frames only
                 continue
             for readout, x in read(waves).items():
                 if frames or x.ndim == 3:
@@ -488,8 +488,8 @@ def evaluate(x, task, part, device, mix=False):
     """Features x [G, windows, D] or [G, windows, frames, D] -> G scores {metric: value}, G held-out losses;
     of a mixture one of each, and its weights. ValueError."""
     train, valid, test = part  # file numbers
-    if x.ndim == 4 and x.shape[-1] == 1:  # an onset curve, or what is as narrow, speaks for itself
-        held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]  # in place of a loss
+    if x.ndim == 4 and x.shape[-1] == 1:  # width 1: an onset curve, scored without a probe
+        held = [-task.score(p, valid, valid)["f_measure"] for p in x.float()]  # score as loss
         return [task.score(p, test, valid) for p in x.float()], held, None
     # windows, or all their frames, become rows: y [rows, C], flat [G, rows, D], the file of each row
     y, flat = task.y.flatten(0, -2), x.flatten(1, -2)
@@ -499,7 +499,7 @@ def evaluate(x, task, part, device, mix=False):
         need(len(rows) >= least, "too little labelled sound to train and validate; label more")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
-        data += [flat[:, rows].to(device).float(), y[rows].to(device)]  # frames travel as halves
+        data += [flat[:, rows].to(device).float(), y[rows].to(device)]  # frames: stored as halves
     predict, loss, weights = probe(*data, task.multi, mix)
     # [G, rows, C], in parts: frames of all layers at once would fill the memory
     logits = torch.cat([predict(v.to(device).float()).cpu() for v in flat.split(2 ** 14, dim=1)], dim=1)
@@ -508,11 +508,11 @@ def evaluate(x, task, part, device, mix=False):
 
 def study(found, tasks, parts, device, mix):
     """-> rows for results.json. Each seed leaves out another tenth of the training files or, where there is
-    no validation part, takes another fifth of them for it."""
+    no validation part, validates on another fifth of them."""
     runs = defaultdict(list)  # (system, task, readout, layer): scores and held-out loss of each seed
     jobs = [(name, task, *item) for name, task in tasks.items() for item in found.items()]
     for name, task, (system, seeds), features in progress(jobs, "probes"):
-        wanted = {r: x for r, x in features.items()  # clips or frames, as the task; curves for events alone
+        wanted = {r: x for r, x in features.items()  # of clips or frames, as the task; width 1: events only
                   if x.ndim == task.y.ndim + 1 and (x.ndim == 3 or x.shape[-1] > 1 or task.multi)}
         for seed in seeds if wanted else ():
             train, valid, test = parts[name]
@@ -522,14 +522,14 @@ def study(found, tasks, parts, device, mix):
             # all readouts and layers side by side: [G, windows, D] or [G, windows, frames, D]
             scores, losses, _ = evaluate(torch.cat([*wanted.values()]), task, part, device)
             places = [(r, layer) for r, x in wanted.items() for layer in range(len(x))]  # in the same order
-            for r, x in wanted.items() if mix else ():
-                if len(x) > 1 and x.shape[-1] > 1:
+            for r, x in wanted.items():
+                if mix and len(x) > 1 and x.shape[-1] > 1:  # several layers, no curve
                     score, loss, weights = evaluate(x, task, part, device, mix=True)
                     scores, losses, places = scores + score, losses + loss, places + [(f"{r} mix", 0)]
                     print(f"layers of {system} {r} for {name}:", *(f"{w:.2f}" for w in weights))
-            for place, *run in zip(places, scores, losses):
-                runs[system, name, *place].append(run)
-    rows, number = [], lambda v: round(float(v), 5) if math.isfinite(v) else None  # NaN is no JSON
+            for place, *result in zip(places, scores, losses):
+                runs[system, name, *place].append(result)  # [scores, loss]
+    rows, number = [], lambda v: round(float(v), 5) if math.isfinite(v) else None  # no NaN in JSON
     for (system, name, readout, layer), of_seeds in runs.items():
         scores, losses = zip(*of_seeds)
         for metric in scores[0]:
@@ -541,7 +541,7 @@ def study(found, tasks, parts, device, mix):
     return rows
 
 def grouped(results, *keys):
-    """{values of keys: rows with them, of the main metric, where it is defined}; no loss is infinite loss."""
+    """{values of keys: their rows} of main metrics that have a value; a loss of None becomes infinite."""
     rows = defaultdict(list)
     for row in results:
         if row["metric"] in ("accuracy", "acc1", "map", "majmin", "f_measure") and row["value"] is not None:
@@ -569,12 +569,12 @@ def table(results):
 
 # ---- Figures: PNG, colour-blind safe (Okabe-Ito; cividis); without pyplot they need no screen
 COLOURS = dict(zip((*READOUTS, "seq"), ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")))
-REFERENCES = ("untrained", "log-mel", "chroma", "flux")  # and all whose names end in " attention"
+REFERENCES = ("untrained", "log-mel", "chroma", "flux")  # and names that end in " attention"
 
 def ready(path):
     """ValueError, before the work, if a file cannot be written; `write` makes the folders that lack."""
-    there = next(filter(os.path.lexists, Path(path).absolute().parents))
-    good = there.is_dir() and os.access(there, os.W_OK) and not Path(path).is_dir()
+    nearest = next(filter(os.path.lexists, Path(path).absolute().parents))  # that exists
+    good = nearest.is_dir() and os.access(nearest, os.W_OK) and not Path(path).is_dir()
     need(good, f"--out: {path} cannot be written; name another place")
 
 def write(path, save):
@@ -641,7 +641,7 @@ def attention_figure(model, wave):
     top.set(ylabel="mel band", title="log-mel spectrogram; white: onsets by spectral flux")
     figure.colorbar(image, ax=top, label="dB")
     flux = of_spectrum("flux", model.front_end)(wave)["curve"][0, :, :, 0].cpu()  # [1, 126]
-    for frame in (peaks(flux) & (flux > flux.mean() + flux.std())).nonzero()[:, 1].tolist():
+    for frame in (peaks(flux) & (flux > flux.mean() + flux.std())).nonzero()[:, 1].tolist():  # clear ones
         top.axvline(frame * HOP_S, color="w", lw=1)
     for ax, name in zip(below, model.class_tokens):
         maps, blocks = paid[name][:, 0].cpu().numpy(), len(model.blocks)  # [blocks, heads, frames]
@@ -657,7 +657,7 @@ def circle_figure(model, waves):
     """y around the circle of fifths, time outwards, one value a second, of consecutive windows [n, 64000]."""
     waves = waves.flatten().unfold(0, SAMPLES, SAMPLE_RATE)  # one a second
     y, c_major = mt2.key_profile(model, waves)[0], mt2.key_phase(mt2.calibrate(model, waves.device))
-    angle = -(mt2.key_phase(y) * c_major.conj()).angle().numpy()  # 0: C major; clockwise
+    angle = -(mt2.key_phase(y) * c_major.conj()).angle().numpy()  # 0: C major; a fifth up: + 30 degrees
     # y's bin of C: a one-hot y there is nearest to the phase of C major
     bin_of_c = (mt2.key_phase(torch.eye(12)) * c_major.conj()).real.argmax()
     fifths = 7 * torch.arange(12) % 12
@@ -667,7 +667,7 @@ def circle_figure(model, waves):
     time, turn = np.arange(len(y) + 1), math.pi / 6  # s, and the angle of a fifth
     image = ax.pcolormesh(np.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
     ax.plot(angle, time[:-1] + 0.5, "o", color="k", mec="w", ms=5)
-    ax.set_rlabel_position(math.degrees(np.angle(np.exp(1j * angle).mean())) + 180)  # where no dots are
+    ax.set_rlabel_position(math.degrees(np.angle(np.exp(1j * angle).mean())) + 180)  # opposite the dots
     ax.tick_params(axis="y", colors="w")
     names = [f"{PITCHES[t]}/{MINORS[(t + 9) % 12].lower()}" for t in fifths]
     ax.set(xticks=[turn * i for i in range(12)], xticklabels=names,
@@ -676,10 +676,10 @@ def circle_figure(model, waves):
     return figure
 
 # ---- Commands
-SEEDS = (0, 1, 2)  # of which training files a probe sees
+SEEDS = (0, 1, 2)  # each draws the files a probe trains on
 
 def measure(models, others, args, device):
-    """Probe models [(name, seeds, model)], which may only now be trained, and other systems, beside their
+    """Probe models, an iterable of (name, seeds, model) that may train as it goes, and other systems, beside
     references; print and write results."""
     out, asked = Path(args.out), args.task.split(",") if args.task else []
     if args.data:
@@ -698,7 +698,7 @@ def measure(models, others, args, device):
     if models := list(models):
         torch.manual_seed(0)  # the untrained twin of the last model
         models = [*models, ("untrained", SEEDS, mt2.build(models[-1][2].config).to(device).eval())]
-    spectra = lru_cache(1)(mt2.FrontEnd().to(device))  # all systems read the same waves
+    spectra = lru_cache(1)(mt2.FrontEnd().to(device))  # once a batch: all get one tensor
     # a name and the seeds of its probes: models of an ablation share the name, not the seed
     systems = {(name, seeds): of_model(model, spectra) for name, seeds, model in models} | others
     systems |= {(name, SEEDS): of_spectrum(name, spectra) for name in ("log-mel", "chroma", "flux")}
@@ -748,7 +748,7 @@ def command_ablation(args, device):
 def command_embed(args, device):
     """Every readout [layers, windows, dim] of 4 s windows, and their names and times [windows], as an npz."""
     out = args.out or "features.npz"
-    system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}
+    system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}  # no name, no seeds
     ready(out)
     files = read_files(progress(args.file, "files"), frames=False)
     found, owner, now, _ = collect(system, files, device)
@@ -765,7 +765,7 @@ def command_key(args, device):
     need("eq" in model.class_tokens, f"{args.run}: has no equivariant token, so it cannot tell keys")
     crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
     in_c, found, away, windows = mt2.calibrate(model, device, crops), 0, [], []
-    sheet = csv.writer(tqdm, lineterminator="")  # tqdm.write prints a line above the bar
+    sheet = csv.writer(tqdm, lineterminator="")  # calls tqdm.write: a line above the bar
     if args.csv:
         sheet.writerow(("file", "major", "minor", "confidence"))
     for waves, owner, _, _ in read_files(progress(files, "files")):
@@ -781,9 +781,9 @@ def command_key(args, device):
             tqdm.write(f"{major + ' or ' + minor:20} confidence {sure:.2f}  {file}")
         if truth:
             label, = truth["key"][i]
-            signature = label + 3 * (label > 11)  # 12 + t is t minor, whose relative major is t + 3
+            signature = (label + 3 * (label > 11)) % 12  # 12 + t is t minor, whose relative major is t + 3
             away.append(7 * (tonic - signature) % 12)  # in fifths
-            windows += (mt2.key_signature(y.mean(0), in_c) == signature % 12).tolist()
+            windows += (mt2.key_signature(y.mean(0), in_c) == signature).tolist()
     if away:
         exact, fifth = (np.isin(away, near).mean() for near in ((0,), (0, 1, 11)))
         print(f"{exact:.3f} right, {fifth:.3f} within a fifth, of {len(away)} files; "
