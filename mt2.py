@@ -16,7 +16,7 @@ The file reads as sound flows, from wave to command line. "Ours" marks choices t
 "measured" says what one was worth, "prototype" the same in runs before this file, "exact" is the share of key
 signatures named right (more in README.md). A track is a piece; A and B are two segments of it, 4 s each; a
 view is what a loss sees of one: some frames, and a crop of the spectrum, whose offset transposes it (A' is A
-at another crop). In shapes B is clips, F frames, D the width of a token, P that of an embedding z.
+at another crop). In shapes B is clips (inputs), F frames, D the width of a token, P that of an embedding z.
 """
 import argparse
 import contextlib
@@ -24,7 +24,6 @@ import ctypes
 import dataclasses
 import io
 import math
-import numbers
 import os
 import random
 import signal
@@ -111,11 +110,13 @@ class Config:
             given = ",".join(map(str, given)) if isinstance(given, (tuple, list)) else given  # as typed
             flag = f"--{field.name.replace('_', '-')} {given}"
             if kind in (int, float):
-                number = isinstance(given, numbers.Real) and (kind is float or given % 1 == 0)
-                need(number, f"{flag}: must be {kind.__name__}")
+                try:
+                    value = kind(given)
+                except (TypeError, ValueError, OverflowError):
+                    value = math.nan  # which equals nothing
                 least, most = (*limits, 1e9)[:2]  # 1e9 where only the least is given
-                need(least <= given <= most, f"{flag}: must lie between {least:g} and {most:g}")
-                value = kind(given)
+                need(value == given, f"{flag}: must be {kind.__name__}")
+                need(least <= value <= most, f"{flag}: must lie between {least:g} and {most:g}")
             else:
                 need(given is not None, f"{flag}: must be {kind.__name__}")
                 need(not limits or given in limits, f"{flag}: choose {' | '.join(limits)}")
@@ -128,7 +129,8 @@ class Config:
             raise ValueError(f"--inputs {self.inputs[0]}: eq needs vqt, con needs mel or vqt")
         elif self.tasks == ("eq",) and self.hide_mel:
             self.inputs = ("vqt",)  # no view would see mel
-        need(self.pool >= max(self.batch, self.fresh), f"--pool {self.pool}: less than --batch or --fresh")
+        both = f"--batch {self.batch} and --fresh {self.fresh}"
+        need(self.pool >= max(self.batch, self.fresh), f"--pool {self.pool}: must hold {both}")
         need(self.dim % self.heads == 0, f"--dim {self.dim} cannot be divided among --heads {self.heads}")
 
 # ---- Many processes: without torchrun there is one, and nothing is sent ----------------------------------
@@ -426,7 +428,7 @@ class MT2(nn.Module):
         The equivariant token comes from the first pass, the contrastive one from the last; sequence tokens
         are the mean of all (ours; measured: a chord probe reads .77 from it, .67 from the pass with mel)."""
         x, n = self.passes(wave, offset), len(self.class_tokens)
-        # token 0 is eq; or, in a model without eq, con, which has one pass alone
+        # token 0 is eq, or con in a model without eq, which has one pass
         return torch.cat([x[0, :, :, :1], x[-1, :, :, 1:n], x.mean(0)[:, :, n:]], dim=2)
 
     def pitch(self, wave, offsets=(MIDDLE,)):
@@ -500,7 +502,7 @@ class TUNe(nn.Module):
             stages.append(x)
         for i, conv in enumerate(self.tail):
             x = F.max_pool1d(x, 3)
-            x = conv(torch.cat([x, stages[3 + up - i]], dim=1) if i < up else x)  # as long, going up
+            x = conv(torch.cat([x, stages[3 + up - i]], dim=1) if i < up else x)  # the expansion's
             stages.append(x)
         return [stage.transpose(1, 2) for stage in stages]
 
@@ -521,9 +523,9 @@ class NTXent(torch.autograd.Function):
 
     With z the unit rows, S the softmax of row i over j != i, Y 1 at positive pairs and 0 elsewhere, dL/dz =
     ((S - Y) + (S - Y)^T) z / (n t). Forward keeps each row's sum of exp; backward computes the similarities
-    again, a strip of `block` rows at a time: memory grows with n x block. In one process exp is symmetric, so
-    that strips begin at the diagonal. Among processes each takes its own n rows and everybody's N columns:
-    two gathers forward, none backward."""
+    again, a strip of `block` rows at a time: memory grows with n x block. In one process rows and columns
+    are the same: strips begin at the diagonal. Among processes each takes its own n rows and everybody's N
+    columns: two gathers forward, none backward."""
     KEEP = 2 ** 22  # a matrix of up to 16 MB is kept after all: up to 1.4 times as fast, measured
 
     @staticmethod
@@ -548,7 +550,7 @@ class NTXent(torch.autograd.Function):
     @staticmethod
     def strips(z, columns, t, block):
         """Yields i, the first column and exp((s - 1) / t) of rows i to i + block: all columns, or in one
-        process those from i on. As cosines s are at most 1, exp never overflows without a row's maximum."""
+        process those from i on. Cosines s are at most 1: exp never overflows, no row maximum is needed."""
         alone = len(columns) == len(z)
         for i in range(0, len(z), block):
             first, own = (i, 0) if alone else (0, i + dist.get_rank() * len(z))  # own: the column of row i
@@ -1190,7 +1192,7 @@ def keep_memory():
     """Let the C library keep what is freed: by default large tensors go back to the system and are fetched
     anew, page by page, in every step (measured: a demo step takes .86 of the time, one of paper size .89)."""
     if sys.platform == "linux":
-        mallopt = ctypes.CDLL(None).mallopt
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # not every C library has it
         mallopt(-4, 0)            # M_MMAP_MAX: take no memory from outside the heap
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give none of it back
 
@@ -1318,10 +1320,9 @@ def run(config, signals):
             watched |= {"folder": (tracks, {})} if "eq" in c.tasks else {}
     weighted = lambda terms: terms.get("nt_xent", 0) + c.eq_weight * terms.get("cpsd", 0)
     bad, begin = 0, time.time()  # updates that failed in a row; speed counts from here
-    bar = tqdm(range(done, c.steps), total=c.steps, initial=done, unit="step", disable=rank > 0,
-               dynamic_ncols=True)
+    bar = tqdm(total=c.steps, initial=done, unit="step", disable=rank > 0, dynamic_ncols=True)
     say = bar.write if rank == 0 else lambda text: None
-    for step in bar:
+    for step in range(done, c.steps):
         # fresh tracks into the pool, a batch out of it
         while next_chunk < step + ahead:
             fresh, found = next(chunks)
@@ -1372,6 +1373,7 @@ def run(config, signals):
             row = loss, values.get("nt_xent", math.nan), values.get("cpsd", math.nan), lr, rate
             log.write(f"{step + 1}," + ",".join(f"{x:.6g}" for x in row) + "\n")
             bar.set_postfix(loss=loss, **values, tracks_s=f"{rate:.0f}")
+            bar.update()
             due = step + 1 == c.steps or (step + 1) % c.save_every == 0  # for a look and a save
             if due and skipped:
                 say(f"step {step + 1}: skipped {len(skipped)} files so far, or passages of them")
@@ -1391,6 +1393,7 @@ def run(config, signals):
                 saved = "the last save stands" if bad else f"saved after step {step + 1}"
                 print(f"{out}: stopped, {saved}; the same command goes on from there")
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])  # a shell's status for death by signal
+    bar.close()
     return out
 
 # ---- The command line -----------------------------------------------------------------------------------

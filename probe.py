@@ -316,7 +316,7 @@ def event_task(name, truth, owner, now):
             true = truth[file][truth[file] < now[mine].max().item()]  # of a long file only the start is read
             if len(true):  # F is not defined where nothing happens
                 guess = now[mine, :-1][said[mine]].numpy()
-                values.append(f_measure(true, guess) if len(guess) else 0)  # of none mir_eval would warn
+                values.append(f_measure(true, guess) if len(guess) else 0)  # without any mir_eval would warn
         return {"f_measure": np.mean(values or math.nan)}
     return Task(y, owner, score, multi=True)
 
@@ -328,7 +328,8 @@ LIMIT = 120.0  # seconds that are read of a file
 
 def generated(truth):
     """Batches for `collect`; fills `truth`, a defaultdict {task: labels, one per clip}, on the way."""
-    names, start = list(mt2.INSTRUMENTS), (np.arange(mt2.FRAMES) - 0.5) * HOP_S
+    names = list(mt2.INSTRUMENTS)
+    start = (np.arange(mt2.FRAMES) - 0.5) * HOP_S  # half a frame early: no rounding moves a chord
     spans = np.stack([start, start + HOP_S], 1)  # a chord per frame, as read from a .lab file
     for part, (clips, local) in enumerate(zip(torch.arange(sum(COUNTS)).split(COUNTS), LOCAL)):
         music = mt2.SyntheticMusic(1001 + part)  # training has seeds from 4096, calibration 998, monitor 999
@@ -403,7 +404,7 @@ def read_labels(path, kind, sound):
     return (times, chords) if chords else np.sort(times[:, 0])
 
 def parse(kind, text, folder, sound):
-    """Kind and text of a cell, its sound file -> that truth of the file, as tasks take it. ValueError."""
+    """Kind and text of a cell, its sound file -> the file's truth, as tasks take it. ValueError."""
     from mir_eval.key import KEY_TO_SEMITONE
     if kind == "key":
         tonic, _, mode = text.replace(":", " ").lower().partition(" ")  # as in C:maj, f# minor
@@ -412,7 +413,8 @@ def parse(kind, text, folder, sound):
         need(None not in index, f"'{text}' is no key like C major or F# minor")
         return {sum(index)}
     if kind == "tempo":
-        need(10 <= float(text) <= 1000, f"'{text}' is not 10 to 1000 beats per minute")
+        good = text.replace(".", "", 1).isdecimal() and 10 <= float(text) <= 1000
+        need(good, f"'{text}' is not 10 to 1000 beats per minute")
         return {float(text)}
     if kind in FRAME_TASKS:
         return read_labels(folder / text, kind, sound)
@@ -440,7 +442,8 @@ def manifest(path, tasks, seed=0, for_probe=True):
     need(once, f"{path}: a file is listed twice; give each file one row")
     rank = np.random.default_rng(seed).permutation(len(rows))  # no split: a random fifth is for testing
     split = [row.get("split", "test" if i < len(rows) / 5 else "train").strip() for i, row in zip(rank, rows)]
-    need({*split} <= {"train", "valid", "test"}, f"{path}: column 'split' knows train, valid and test only")
+    wrong = sorted(set(split) - {"train", "valid", "test"})
+    need(not wrong, f"{path}: split {wrong[:1]} is not train, valid or test")
     for task in tasks:
         cells = [row[task].strip() for row in rows]
         kind = KINDS.get(task, "tags")
@@ -585,6 +588,10 @@ def write(path, save):
     os.replace(f"{path}.tmp", path)  # whoever reads meanwhile sees the old file or the new one
     print(path)
 
+def draw(path, figure):
+    """Figure -> PNG, whatever the user's matplotlibrc says."""
+    write(path, partial(figure.savefig, format="png", dpi=110))
+
 def layers_figure(results):
     """Scores over layers, a panel per task, a line per readout; horizontal: a reference at its best layer."""
     rows, handles = grouped(results, "encoder", "task"), {}
@@ -592,7 +599,7 @@ def layers_figure(results):
     systems = list(dict.fromkeys(system for system, _ in rows))
     references = [s for s in systems if s in REFERENCES or s.endswith(" attention")]
     width, height = min(3, len(tasks) + 1), math.ceil((len(tasks) + 1) / 3)  # one more for the legend
-    figure = Figure((3.2 * width, 2.7 * height), dpi=110, layout="constrained")
+    figure = Figure((3.2 * width, 2.7 * height), layout="constrained")
     panels = {task: figure.add_subplot(height, width, 1 + i) for i, task in enumerate(tasks)}
     for (system, task), mine in rows.items():
         ax = panels[task]
@@ -621,7 +628,7 @@ def similarity_figure(model, waves):
     seq = seq.flatten(1, 2)  # [layers, 25 n, dim]
     seq = F.normalize(seq - seq.mean(1, keepdim=True), dim=-1).cpu().numpy()
     width, height, extent = min(5, len(seq)), math.ceil(len(seq) / 5), (0, SECONDS * len(waves)) * 2
-    figure = Figure((2.8 * width + 1, 2.8 * height + 0.8), dpi=110, layout="constrained")
+    figure = Figure((2.8 * width + 1, 2.8 * height + 0.8), layout="constrained")
     for layer, x in enumerate(seq):  # x [25 n, dim]
         ax = figure.add_subplot(height, width, layer + 1)
         image = ax.imshow(x @ x.T, cmap="cividis", vmin=-1, vmax=1, origin="lower", extent=extent)
@@ -633,7 +640,7 @@ def similarity_figure(model, waves):
 def attention_figure(model, wave):
     """Log-mel spectrogram of a window [1, 64000]; below, what the class tokens attend to, a row per head."""
     mel, paid, n = model.front_end(wave)[0].cpu().numpy(), attention(model, wave), len(model.class_tokens)
-    figure = Figure((9, 2.6 + 1.9 * n), dpi=110, layout="constrained")
+    figure = Figure((9, 2.6 + 1.9 * n), layout="constrained")
     top, *below = figure.subplots(1 + n, sharex=True)
     style = dict(cmap="cividis", aspect="auto", interpolation="nearest")
     extent = (0, SECONDS, 0, mt2.N_MELS)  # s and mel bands
@@ -662,7 +669,7 @@ def circle_figure(model, waves):
     bin_of_c = (mt2.key_phase(torch.eye(12)) * c_major.conj()).real.argmax()
     fifths = 7 * torch.arange(12) % 12
     y = y[:, (fifths + bin_of_c) % 12].repeat_interleave(9, 1).numpy()  # [n, 12 x 9]: so the cells look round
-    figure = Figure((7, 6), dpi=110, layout="constrained")
+    figure = Figure((7, 6), layout="constrained")
     ax = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     time, turn = np.arange(len(y) + 1), math.pi / 6  # s, and the angle of a fifth
     image = ax.pcolormesh(np.linspace(-0.5, 11.5, 109) * turn, time, y, cmap="cividis", vmin=0)
@@ -716,7 +723,7 @@ def measure(models, others, args, device):
     # first to the disk, then to the screen: what took minutes must outlive a flaw in a table
     write(out / "results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
     table(results)
-    write(out / "layers.png", layers_figure(results).savefig)
+    draw(out / "layers.png", layers_figure(results))
     if args.data:
         none_lost(len(owner.unique()), files)
 
@@ -798,14 +805,15 @@ def command_figures(args, device):
     model = mt2.load(args.run, device)
     need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")
     waves = cut(args.file)[:15].to(device)
-    write(out / "ssm.png", similarity_figure(model, waves[:8]).savefig)
-    write(out / "attention.png", attention_figure(model, waves[:1]).savefig)
+    draw(out / "ssm.png", similarity_figure(model, waves[:8]))
+    draw(out / "attention.png", attention_figure(model, waves[:1]))
     if "eq" in model.class_tokens:
-        write(out / "circle.png", circle_figure(model, waves).savefig)
+        draw(out / "circle.png", circle_figure(model, waves))
 
-FLAGS = {  # *: any number of them; not part of the name
+FLAGS = {  # * and +: so many of them; not part of the name
     "run": dict(help="run folder or model.pt"), "run*": dict(nargs="*", help="run folders or files model.pt"),
     "file": dict(help="sound file"), "file*": dict(nargs="*", help="sound files"),
+    "file+": dict(nargs="+", help="sound files"),
     "--data": dict(help="manifest.csv with columns path, labels, perhaps split"),
     "--task": dict(help="columns of the manifest, or tasks on generated music; comma-separated"),
     "--encoder": dict(action="append", default=[], help="muq:DIR, mert:DIR, musicfm:DIR or module:callable"),
@@ -821,7 +829,7 @@ FLAGS = {  # *: any number of them; not part of the name
 COMMANDS = {
     "table": (command_table, "run* --encoder --download --trust-remote-code"
                              " --data --task --mix --seed --out"),
-    "key": (command_key, "run file* --data --csv"), "embed": (command_embed, "run file* --out"),
+    "key": (command_key, "run file* --data --csv"), "embed": (command_embed, "run file+ --out"),
     "figures": (command_figures, "run file --out"),
     "ablation": (command_ablation, "--steps --seeds --data --task --mix --seed --out")}
 
@@ -833,7 +841,7 @@ def main(words):
                                      description=__doc__, epilog=f"{name}: {function.__doc__}")
     parser.error = lambda message: sys.exit(f"probe: {message}; see --help")
     for flag in (*flags.split(), "--device"):
-        parser.add_argument(flag.rstrip("*"), **FLAGS[flag])
+        parser.add_argument(flag.rstrip("*+"), **FLAGS[flag])
     args = parser.parse_intermixed_args(words)  # songs may stand before flags, behind them or both
     try:
         function(args, mt2.pick_device(args.device))
