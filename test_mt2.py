@@ -28,6 +28,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -2751,7 +2752,8 @@ def test_a_name_that_the_screen_cannot_show_stops_nothing(
     assert shown in said and ("song0.wav" in said or program == "mt2.py")
 
 
-def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
+def test_key_embed_and_figures_write_what_they_say(small_run, capsys, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.format", "pdf")  # a user's own setting
     songs = small_run / "song0.wav", small_run / "song1.wav"
     said = probe_main(capsys, "key", small_run / "run", "--csv", *songs)
     lines = said.strip().splitlines()
@@ -2770,6 +2772,7 @@ def test_key_embed_and_figures_write_what_they_say(small_run, capsys):
     assert_close(average, layers[:, :, :2].mean(2), rtol=1e-3, atol=1e-4)
     probe_main(capsys, "figures", small_run / "run", small_run / "song0.wav", "--out", small_run / "fig")
     assert {p.name for p in (small_run / "fig").iterdir()} == {"ssm.png", "attention.png", "circle.png"}
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in (small_run / "fig").iterdir())
     said = probe_main(capsys, "figures", small_run / "run", "no.wav", "--out", small_run / "none")
     assert said.startswith("probe: no.wav: no such file") and not (small_run / "none").exists()
     said = probe_main(capsys, "figures", small_run / "run", small_run, "--out", small_run / "none")
