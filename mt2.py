@@ -406,7 +406,7 @@ class MT2(nn.Module):
         return [unit_range(x) for x in self.front_end(wave.to(self.cls.dtype))]
 
     def crop_offsets(self, wave, offset):
-        """An int, [B] or None (the middle) -> the crop's offset for each wave [B]; checks it."""
+        """An int, [B] or None (the middle) -> the crop's offset for each wave [B]. ValueError if outside."""
         offset = torch.as_tensor(MIDDLE if offset is None else offset, device=wave.device)
         if offset.is_floating_point() or offset.shape not in ((), wave.shape[:1]):
             raise ValueError(f"MT2: offset must be a whole number, or one for each of {len(wave)} waves")

@@ -2259,6 +2259,12 @@ def test_events_beyond_what_was_read_are_not_missed():
     assert task.score(task.y, owner[:1], owner[:1])["f_measure"] == 1
 
 
+def test_the_target_of_an_event_is_the_nearest_frame():
+    now = torch.arange(126) * 0.032 + torch.tensor([[0.0], [4.0], [0.0]])
+    task = probe.event_task("onset", [np.array([1.0, 4.1]), None], torch.tensor([0, 0, 1]), now)
+    assert task.y[:2, :, 0].nonzero().tolist() == [[0, 31], [1, 3]] and task.y[2].isnan().all()
+
+
 @pytest.mark.parametrize("name, expected", [("beat", 1), ("beats", 1), ("onset", 0), ("onsets", 0)])
 def test_beats_count_within_70_ms_and_onsets_within_50(name, expected):
     now, file = torch.arange(126)[None] * 0.032, torch.tensor([0])
