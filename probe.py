@@ -531,7 +531,7 @@ def study(found, tasks, parts, device, mix):
                     scores, losses, places = scores + score, losses + loss, places + [(f"{r} mix", 0)]
                     print(f"layers of {system} {r} for {name}:", *(f"{w:.2f}" for w in weights))
             for place, *result in zip(places, scores, losses):
-                runs[system, name, *place].append(result)  # [scores, loss]
+                runs[(system, name) + place].append(result)  # [scores, loss]
     rows, number = [], lambda v: round(float(v), 5) if math.isfinite(v) else None  # no NaN in JSON
     for (system, name, readout, layer), of_seeds in runs.items():
         scores, losses = zip(*of_seeds)

@@ -2829,6 +2829,15 @@ def test_the_file_table_of_the_readme_counts_and_points_right(file):
         assert lines[int(place) - 1].startswith(("# ----", "class ")), place
 
 
+@pytest.mark.parametrize("file", ["mt2.py", "probe.py", "test_mt2.py"])
+def test_the_oldest_python_that_the_readme_names_can_read_the_code(file):
+    oldest = re.search(r"Python (\d+)\.(\d+) or newer", README).groups()
+    tree = ast.parse((HERE / file).read_text(), feature_version=tuple(map(int, oldest)))
+    for node in ast.walk(tree):  # x[a, *b] came with 3.11, and ast lets it pass
+        inside = getattr(getattr(node, "slice", None), "elts", ())
+        assert not any(isinstance(part, ast.Starred) for part in inside), node.lineno
+
+
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_piece_works_alone_when_copied_as_the_readme_says(piece):
     line = next(line for line in README.splitlines() if line.startswith(f"| `{piece}` |"))
