@@ -596,22 +596,24 @@ def nt_xent(a, b, temperature=0.1):
         return loss(z, temperature, block).to(dtype)
 
 def dft(y, omega=7):
-    """DFT of y [..., 12] at one frequency -> [..., 2] (re, im). omega 7: circle of fifths, 1: semitones."""
+    """DFT of y [..., 12] at one frequency -> real and imaginary part, [...] each.
+
+    omega 7: circle of fifths, 1: semitones. Plain sums: a matrix product would be a kernel of its own."""
     angle = 2 * math.pi * omega / 12 * torch.arange(12, device=y.device, dtype=y.dtype)
-    with torch.autocast(y.device.type, enabled=False):
-        return y @ torch.stack([angle.cos(), -angle.sin()], dim=-1)
+    return (y * angle.cos()).sum(-1), -(y * angle.sin()).sum(-1)
 
 def cpsd(y_a, y_b, k, omega=7):
     """Cross-power spectral density: mean of D_k = |exp(2 pi i omega k / 12) - yhat_a conj(yhat_b)|^2.
 
     y_a, y_b [B, 12] probabilities; k int or [B]: b looks k semitones higher than a. 0 if b is a rolled by k
     and both are one-hot, 1 if one is uniform. In real arithmetic, so that it compiles, at least float32."""
-    y, k = torch.stack([y_a, y_b]), torch.as_tensor(k, device=y_a.device)
-    if k.ndim and k.shape != y_a.shape[:1]:  # [B, 1] would compare all with all
-        raise ValueError(f"cpsd: k {list(k.shape)} must be one number or [{len(y_a)}]")
-    y = y.float() if y.element_size() < 4 else y
-    (a_re, b_re), (a_im, b_im) = dft(y, omega).unbind(-1)  # [2, B] each
-    angle = 2 * math.pi * omega / 12 * k.to(y.dtype)
+    k = torch.as_tensor(k, device=y_a.device)
+    if y_a.shape != y_b.shape or k.ndim and k.shape != y_a.shape[:1]:  # [B, 1] would compare all with all
+        shapes = [list(x.shape) for x in (y_a, y_b, k)]
+        raise ValueError(f"cpsd: y_a, y_b, k {shapes} must be [B, 12], [B, 12] and one number or [B]")
+    y_a, y_b = (y.float() if y.element_size() < 4 else y for y in (y_a, y_b))
+    (a_re, a_im), (b_re, b_im) = dft(y_a, omega), dft(y_b, omega)  # [B] each
+    angle = 2 * math.pi * omega / 12 * k.to(y_a.dtype)
     re, im = a_re * b_re + a_im * b_im, a_im * b_re - a_re * b_im  # yhat_a conj(yhat_b)
     return ((angle.cos() - re).square() + (angle.sin() - im).square()).mean()
 
@@ -957,7 +959,7 @@ def key_profile(model, waves, offsets=(MIDDLE,)):
 
 def key_phase(profile):
     """Profiles [..., 12] -> their DFT at 7, complex [...]: points in the plane of the circle of fifths."""
-    return torch.view_as_complex(dft(profile).contiguous())
+    return torch.complex(*dft(profile))
 
 @lru_cache
 def calibration_music():

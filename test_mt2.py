@@ -210,7 +210,7 @@ def test_cpsd_is_0_for_a_rolled_one_hot_2_on_average_for_the_wrong_sign_and_1_fo
 def test_the_losses_refuse_what_they_would_get_wrong_in_silence():
     a, y = noise(4, 8).requires_grad_(), noise(4, 12).softmax(1)
     for wrong in (lambda: nt_xent(a, noise(6, 8)), lambda: nt_xent(a[0], a[1]), lambda: nt_xent(a[:0], a[:0]),
-                  lambda: cpsd(y, y, torch.zeros(4, 1))):
+                  lambda: cpsd(y, y, torch.zeros(4, 1)), lambda: cpsd(y, y[:1], 3)):
         with pytest.raises(ValueError, match="must"):
             wrong()
     with pytest.raises(RuntimeError, match="first derivative only"):  # it would count as zero
@@ -1775,13 +1775,15 @@ def test_a_compiled_run_is_the_plain_run_and_goes_on_as_it(tmp_path, monkeypatch
     assert len(calls) == 3 * 2  # a pass for each task
 
 
-def test_cpsd_compiles_whole_and_stays_what_it_was():
+def test_cpsd_compiles_whole_without_matrix_products_and_stays_what_it_was():
     y_a, y_b = (noise(8, 12, seed=s).softmax(1).requires_grad_() for s in (0, 1))
-    k, results = torch.arange(8), []
-    for function in (cpsd, torch.compile(cpsd, backend="aot_eager", fullgraph=True)):
+    k, results, compiled = torch.arange(8), [], []
+    backend = lambda graph, inputs: compiled.append(graph.print_readable(print_output=False)) or graph
+    for function in (cpsd, torch.compile(cpsd, backend=backend, fullgraph=True)):
         value = function(y_a, y_b, k)
         results.append([value, *torch.autograd.grad(value, (y_a, y_b))])
     assert_close(*results)
+    assert "sum" in compiled[0] and not re.search("matmul|@", compiled[0])  # a product is not fused
 
 
 def test_nt_xent_inside_a_compiled_function_stays_what_it_was_at_any_batch_size():
