@@ -1198,10 +1198,10 @@ def keep_memory():
         mallopt(-4, 0)            # M_MMAP_MAX: take no memory from outside the heap
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give none of it back
 
-def own_process_group(worker):
-    """A worker in a process group of its own, so that a signal to the run's group does not kill it."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+def ignore_signals(worker):
+    """Ctrl-C and schedulers of clusters reach workers as well; the loop ends them once it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 def music_stream(c, rank, device, first, end):
     """-> the run's Stream, and an iterator over its chunks from `first` to before `end`, made by workers."""
@@ -1210,26 +1210,29 @@ def music_stream(c, rank, device, first, end):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    # the loop needs a core; more than 12 workers could fill a container's 64 MB of shared memory (unmeasured)
+    # the loop needs a core; two chunks of 1.4 MB wait for each worker in a container's 64 MB of shared memory
     spare = cores // 2 if device.type == "cpu" else min(cores - 1, 12)
     workers = max(1, spare) if c.workers < 0 else c.workers  # 0: music is made between the steps
-    if device.type == "cpu":  # with more threads than free cores a step takes up to ten times as long
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
+    # with more threads than free cores a step takes up to ten times as long (measured on CPU)
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
+    if device.type == "cpu":
         keep_memory()
     stream = Stream(c, rank)
     return stream, iter(DataLoader(stream, batch_size=None, sampler=range(first, end), num_workers=workers,
-                                   worker_init_fn=own_process_group))
+                                   worker_init_fn=ignore_signals))
 
 def train(config):
     """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.
 
-    SIGINT and SIGTERM save and raise SystemExit, a second one of its kind kills; ValueError, OSError,
-    RuntimeError and FloatingPointError say in one line what is wrong. On CPU it sets threads and malloc."""
+    SIGINT and SIGTERM save and raise SystemExit, a second one of its kind kills (not below torchrun, which
+    may send what a scheduler has sent before); ValueError, OSError, RuntimeError, FloatingPointError say in
+    one line what is wrong. Sets the number of torch's threads and, on CPU, how malloc works."""
     signals = []
 
     def hear(number, frame):  # noted; the step ends first
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if "RANK" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
     before = {}
     with contextlib.suppress(ValueError):  # outside of the main thread no signal is heard
         before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1289,7 +1292,7 @@ def run(config, signals):
                 good = all(m.shape == p.shape and m.isfinite().all() for m in moments)
                 if not (good and 0 < count.item() <= done):  # AdamW would write beyond a short one's end
                     raise ValueError("moments of other weights")
-        except torch.OutOfMemoryError:  # the device is full, and the file is not to blame
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # the file is not to blame
             raise
         except Exception as error:
             what = f"{out}/state.pt: does not fit its own config ({brief(error)}); name another folder"

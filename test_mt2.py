@@ -1394,10 +1394,11 @@ def test_a_run_may_train_outside_of_the_main_thread(tmp_path):
         assert len(log_of(pool.submit(train, tiny(tmp_path, steps=2)).result())) == 2
 
 
-def test_ctrl_c_that_reaches_the_workers_too_costs_nothing(songs, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_reaches_the_workers_too_costs_nothing(number, songs, tmp_path):
     def interrupt(n, batch):
         for worker in multiprocessing.active_children() if n == 2 else ():
-            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, number)
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, interrupt)
         assert len(log_of(train(tiny(tmp_path, workers=1, data=str(songs), easy=0, steps=12)))) == 12
@@ -1615,14 +1616,15 @@ def test_a_sound_state_is_not_set_aside_when_the_disk_fails(unbroken, tmp_path, 
     assert_equal_runs(train(tiny(tmp_path)), unbroken)
 
 
-def test_a_sound_state_is_not_set_aside_when_the_device_is_full(unbroken, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_sound_state_is_not_set_aside_when_the_device_fails(error, unbroken, tmp_path, monkeypatch):
     interrupted(tiny(tmp_path), 4)
     before = files_of(tmp_path)
 
-    def full(*_):
-        raise torch.OutOfMemoryError("out of memory")
-    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    def fail(*_):
+        raise error("full, or lost")
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", fail)
+    with pytest.raises(error):
         train(tiny(tmp_path))
     assert files_of(tmp_path) == before
 
@@ -1727,8 +1729,8 @@ print(min(usual), [faults() for _ in range(6)][-1])"""
 
 @pytest.mark.parametrize("cores, quota, ranks, device, given, workers, threads", [
     (8, "max", 1, "cpu", -1, 4, 4), (8, "max", 2, "cpu", -1, 2, 2), (1, "max", 1, "cpu", -1, 1, 1),
-    (8, "max", 1, "cpu", 0, 0, 8), (8, "max", 1, "cuda", -1, 7, None), (64, "max", 1, "cuda", -1, 12, None),
-    (8, "max", 1, "cuda", 3, 3, None), (64, "350000", 1, "cpu", -1, 2, 2), (2, "350000", 1, "cpu", -1, 1, 1)])
+    (8, "max", 1, "cpu", 0, 0, 8), (8, "max", 1, "cuda", -1, 7, 1), (64, "max", 1, "cuda", -1, 12, 52),
+    (8, "max", 1, "cuda", 3, 3, 5), (64, "350000", 1, "cpu", -1, 2, 2), (2, "350000", 1, "cpu", -1, 1, 1)])
 def test_workers_and_threads_share_the_cores_that_a_container_grants(
         cores, quota, ranks, device, given, workers, threads, monkeypatch):
     seen = {"threads": None}
@@ -1896,14 +1898,23 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     assert [int(row[0]) for row in log_of(tmp_path / "run")] == list(range(1, 9))
 
 
+def children(pid):
+    """Its child processes, theirs, and so on."""
+    own = [int(p) for f in Path(f"/proc/{pid}/task").glob("*/children") for p in f.read_text().split()]
+    return own + [p for child in own for p in children(child)]
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
-def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path):
-    flags = [*FLAGS, "--steps=100000", "--save-every=100000"]
+@pytest.mark.parametrize("everybody", [False, True])
+def test_a_signal_to_one_rank_or_to_every_process_saves_and_ends_all(everybody, tmp_path):
+    flags = [*FLAGS, "--steps=100000", "--save-every=100000", "--workers=1"]
     ranks = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
     job = python(*ranks, HERE / "mt2.py", *flags, cwd=tmp_path)
     log = wait_for_log(job, tmp_path / "run")
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGTERM)
+    first, *others = children(job.pid)
+    for pid in [first, *others, first, job.pid] if everybody else [first]:  # as a scheduler, then torchrun
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.002)
     said, errors = job.communicate(timeout=60)
     assert job.returncode and said.count("saved after step") == 1, errors
     assert torch.load(log.with_name("state.pt"), weights_only=True)["step"] == len(log_of(log.parent))
@@ -2930,6 +2941,11 @@ def installed(module):
         print(f"\nwithout {module}: {error}")
 
 
+def compiler():
+    """The C++ compiler that torch.compile needs, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
 def benchmark_vqt(device):
     wave = noise(32, 64000).to(device)
     runners = {"mt2.VQT": VQT().to(device)}
@@ -2961,8 +2977,11 @@ def benchmark_losses(device):
             race("the same", {"pytorch-metric-learning": lambda: torch.autograd.grad(theirs(), (a, b))}, 3)
     y_a, y_b = (noise(128, 12, seed=s).to(device).requires_grad_() for s in (0, 1))
     k = torch.arange(128, device=device) % 12
+    losses = {"mt2.cpsd": cpsd, "complex numbers": complex_cpsd}
+    if compiler():
+        losses["mt2.cpsd, compiled"] = torch.compile(cpsd)
     calls = {name: lambda f=f: torch.autograd.grad(f(y_a.softmax(1), y_b.softmax(1), k), (y_a, y_b))
-             for name, f in (("mt2.cpsd", cpsd), ("complex numbers", complex_cpsd))}
+             for name, f in losses.items()}
     race("CPSD forward and backward, B = 128", calls, repeats=99)
 
 
@@ -3051,14 +3070,13 @@ def benchmark_step(device):
     db = lambda *shape: (20 * torch.randn(shape, device=device) - 60).half()
     music = lambda batch: [db(batch, 2, 126, bins) for bins in (128, 99)]
     lightly, nnaudio = installed("lightly.loss"), installed("nnAudio.features.cqt")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))  # what torch.compile needs
     for size, batch, fresh in (("demo", 128, 16), ("paper", 16, 2)):
         torch.manual_seed(0)
         config = Config(size=size)
         net, data, waves = MT2(config).to(device).train(), music(batch), noise(2 * fresh, 64000).to(device)
         ours = training_step(net, mt2.FrontEnd().to(device), waves, data)
         steps = {"mt2: spectra, losses, AdamW": ours}
-        if compiler:
+        if compiler():
             steps["mt2, --compile 1"] = training_step(net, mt2.FrontEnd().to(device), waves, data, True)
         if lightly and nnaudio:
             other, fast = (training_step(*assembled(config, device), waves, data, c) for c in (False, True))
@@ -3073,7 +3091,7 @@ def benchmark_step(device):
                 theirs()
                 mt2.autocast = kept
             steps |= {"from others' parts, our autocast": theirs, "from others' parts, float32": as_they_come}
-            if compiler:
+            if compiler():
                 steps["from others' parts, compiled"] = lambda: theirs(fast)
         with FlopCounterMode(display=False) as counter:
             ours()
@@ -3081,7 +3099,7 @@ def benchmark_step(device):
         medians = race(title, steps | products, repeats=5)  # rates of the same minutes
         flop = counter.get_total_flops()
         print("  " + ", ".join(f"{p} {2 * n ** 3 / medians[p] / 1e9:,.0f} GFLOP/s" for p in products))
-        for name in list(steps)[:2 if compiler else 1]:
+        for name in list(steps)[:2 if compiler() else 1]:
             rate = flop / medians[name]
             print(f"  {name}: {batch / medians[name]:,.0f} tracks/s; {flop / 1e9:,.1f} GFLOP a step, "
                   f"{rate / 1e9:,.0f} GFLOP/s, {rate * medians[used] / 2 / n ** 3:.0%} of the {used}")
