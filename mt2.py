@@ -29,7 +29,6 @@ import random
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -106,7 +105,8 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             kind, limits, given = field.type, field.metadata["limits"], getattr(self, field.name)
-            given = SIZES[self.size].get(field.name) if given is None else given  # `size` is done already
+            if given is None:  # `size` is checked before the fields that it sets
+                given = SIZES.get(str(self.size), {}).get(field.name)
             given = ",".join(map(str, given)) if isinstance(given, (tuple, list)) else given  # as typed
             flag = f"--{field.name.replace('_', '-')} {given}"
             if kind in (int, float):
@@ -156,8 +156,8 @@ def average(tensors):
 # ---- Wave -> spectrogram --------------------------------------------------------------------------------
 
 def unit_range(db, floor=80.0):
-    """dB [B, F, bins] -> [0, 1]: dB below each clip's own loudest bin, 80 dB floor, dB/80 + 1; silence: 0."""
-    loudest = db.amax((1, 2), keepdim=True).clamp_min(-floor)  # [B, 1, 1]; all below -80 dB is silence
+    """dB [B, F, bins] -> [0, 1]: dB below each clip's own loudest bin, 80 dB floor, dB/80 + 1."""
+    loudest = db.amax((1, 2), keepdim=True).clamp_min(-floor)  # [B, 1, 1]; at least -80 dB
     return ((db - loudest) / floor + 1).clamp(0, 1)
 
 class VQT(nn.Module):
@@ -199,7 +199,7 @@ class VQT(nn.Module):
 
     def quarter_rate(self, wave):
         """Wave [B, T] -> the same at a quarter of its rate: torchaudio's resampler as a matrix (measured: the
-        VQT takes .55 of the time). A window of 120 samples becomes 30, of which 7 at either end are wrong, as
+        VQT takes .55 of the time). A window of 120 samples becomes 30, of which 7 at either end are left out:
         it was cut there. The 16 between stand for 64 samples, 28 to 91: the next window starts 64 later."""
         windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)  # [B, windows, 120], a view
         return (windows @ self.quarter).flatten(1)
@@ -213,7 +213,7 @@ class VQT(nn.Module):
         for i, hop in enumerate(self.hops):
             kernel = self.get_buffer(f"kernel{i}")
             start = self.margin * hop - len(kernel) // 2  # of the first frame's window
-            with torch.autocast(wave.device.type, enabled=False):  # in bf16 it would be off by up to 7 dB
+            with torch.autocast(wave.device.type, enabled=False):  # bf16: 1 bin in 100 is off by 7 dB
                 while wave_hop > hop:
                     wave, wave_hop = self.quarter_rate(wave), wave_hop // 4
                 windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
@@ -236,10 +236,8 @@ class FrontEnd(nn.Module):
     def __init__(self):
         super().__init__()
         self.vqt = VQT(SAMPLE_RATE, HOP, n_bins=N_BINS)
-        with warnings.catch_warnings():  # some bass bands are empty, as 1024 points are few: so published
-            warnings.simplefilter("ignore")
-            self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, 1024, hop_length=HOP, n_mels=N_MELS,
-                                                            power=None)  # a complex spectrum
+        self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, 1024, hop_length=HOP, n_mels=N_MELS,
+                                                        power=None)  # a complex spectrum
 
     def forward(self, wave):
         """Wave [B, T] -> mel dB [B, F, 128] and VQT dB [B, F, 99]; 0 dB is about a full-scale sine."""
@@ -589,7 +587,7 @@ def nt_xent(a, b, temperature=0.1):
     with torch.autocast(a.device.type, enabled=False):  # exp(s / t) would magnify bf16's error tenfold
         dtype = torch.promote_types(a.dtype, torch.float32)  # of the result
         z = torch.cat([a, b]).to(torch.float64 if temperature < 0.025 else dtype)  # exp(-2 / t) underflows
-        # strips of 2 MB stay in a CPU's cache; on a GPU each is a dozen launches: few, of 128 MB (unmeasured)
+        # strips of 2 MB (B to 4096) stay in a CPU's cache; a GPU launches each: few, of 128 MB (unmeasured)
         block = max(64, 2 ** (25 if z.is_cuda else 19) // len(z))
         # compiled, its strips would fail when the batch size changes
         loss = torch.compiler.disable(NTXent.apply) if torch.compiler.is_compiling() else NTXent.apply
@@ -621,7 +619,7 @@ def cpsd(y_a, y_b, k, omega=7):
 
 INSTRUMENTS = {
     # harmonics fall as h^-slope, even ones times `even`, around a formant in Hz (0: none); attack s, decay s,
-    # decay of the upper harmonics s (0: the same), depth of vibrato, stretch of partials per h^2
+    # decay of the upper harmonics s (0: the same), depth of vibrato, x: partial h lies at h sqrt(1 + x h^2)
     #         slope  even formant attack decay upper vibrato stretch
     "piano":    (1.6, 1.00,    0, 0.003, 1.0, 0.3, 0.000, 6e-4),
     "guitar":   (1.3, 1.00,  400, 0.002, 0.5, 0.2, 0.000, 1e-4),
@@ -656,7 +654,7 @@ def place(pitch_class, low):
     return low + (pitch_class - low) % 12
 
 class SyntheticMusic:
-    """Music from (seed, step) alone: functional harmony, a melody, chords, a bass, perhaps drums.
+    """Music from (seed, step, n, rich) alone: functional harmony, melody, chords, bass, perhaps drums.
 
     The two 4 s segments of a track share key, players, tempo and texture, not the notes. Rich tracks add
     minor's raised notes, secondary dominants, chorales, solos, strange timbres, rooms and silence to what
@@ -710,7 +708,7 @@ class SyntheticMusic:
         names = rng.sample(list(INSTRUMENTS), 3)  # of melody, chords, bass
         names = names[:1] * 3 if rich and rng.random() < 0.6 else names  # as a piano or a quartet would
         drums = texture == "band" and rng.random() < (0.4 if rich else 0.85)
-        low = rng.randint(53, 68), rng.randint(48, 59), rng.randint(31, 40)  # MIDI: lowest note of each
+        low = rng.randint(53, 68), rng.randint(48, 59), rng.randint(31, 40)  # MIDI: about the lowest of each
         return SimpleNamespace(
             rich=rich, texture=texture, names=names, low=low, tonic=rng.randrange(12), minor=rng.randrange(2),
             tables=[self.wavetables(rng, name, p + 12, 8 if rich else 4) for name, p in zip(names, low)],
@@ -729,9 +727,9 @@ class SyntheticMusic:
         jitter: dB by which each harmonic may stray, so that no two pianos are alike."""
         slope, even, formant, _, _, upper, _, stretch = INSTRUMENTS[name]
         h = np.arange(1, 25)  # harmonics
-        hz = h * 440 * 2 ** ((pitch - 69) / 12)
+        hz = h * 440 * 2 ** ((pitch - 69) / 12)  # up to 5500: high melodies alias, by -9 dB at worst
         stray = np.array([rng.gauss(0, jitter) for _ in h])
-        amp = h ** -slope * np.where(h % 2 == 0, even, 1) * 10 ** (stray / 20) * (hz < 5500)  # hardly aliases
+        amp = h ** -slope * np.where(h % 2 == 0, even, 1) * 10 ** (stray / 20) * (hz < 5500)
         amp = amp * (0.15 + np.exp(-np.log2(hz / formant) ** 2)) if formant else amp
         partial = np.round(CYCLES * h * np.sqrt(1 + stretch * h * h)).astype(int)  # stiff strings stretch
         turn = np.exp(2j * math.pi * np.array([rng.random() for _ in h]))  # random phases: no high peaks
@@ -837,9 +835,10 @@ def brief(error):
 class AudioFolder(Dataset):
     """Two random segments [2, samples] of each track (file) below `root`: wav, flac, ogg, mp3, any rate.
 
-    Reads only the two segments (seek, mix to mono, resample); their starts lie at most `gap` seconds apart.
-    What cannot be used is found when it is read, kept in `skipped` {file: reason}, and another file is drawn
-    in its place. FileNotFoundError for a missing or empty folder, RuntimeError once nothing is left."""
+    Reads only the two segments (seek, mix to mono, resample; an mp3 is scanned up to them); their starts lie
+    at most `gap` seconds apart. What cannot be used is found when it is read, kept in `skipped` {file:
+    reason}, and another file is drawn in its place. FileNotFoundError for a missing or empty folder,
+    RuntimeError once nothing is left."""
     SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
     def __init__(self, root, seconds=SECONDS, gap=30.0):
@@ -900,7 +899,7 @@ class AudioFolder(Dataset):
         # at most 120 dB above full scale (NaN fails, too), at least -80 dB
         need(waves.abs().max() < 1e6, "holds NaN, infinity or numbers beyond all sound")
         need(waves.abs().amax(1).min() >= 1e-4, "silent where it was read")
-        rate = 25 * round(rate / 25)  # at most 3 cents off; exact, 44,101 Hz would take minutes to resample
+        rate = 25 * round(rate / 25)  # at most 3 cents off above 7.2 kHz; exact, 44,101 Hz takes gigabytes
         waves = torchaudio.functional.resample(waves, rate, SAMPLE_RATE)  # itself, if the rates agree
         missing = round(self.seconds * SAMPLE_RATE) - waves.shape[1]  # a few, or below 0: F.pad then cuts
         return F.pad(waves, (0, missing)).clamp(-1, 1)
@@ -1157,7 +1156,7 @@ def resume(config, out):
     return state
 
 def open_log(path, columns, last_step):
-    """A CSV to append to, cut off after the rows up to last_step: never a gap, a repeat or half a line.
+    """A CSV to append to, cut off after the rows up to last_step: never a repeat or half a line.
 
     It stays locked: two runs at once in one folder would spoil each other's saves."""
     file = open(path, "a+", buffering=1, encoding="ascii", errors="replace", newline="\n")
@@ -1418,8 +1417,9 @@ def main():
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         message = f"mt2: {lines[-1 if 'DataLoader worker' in lines[0] else 0]}"  # a worker's cause comes last
-        remedies = (("tried to allocate", "lower --batch"), ("dataloader worker (pid", "try --workers 0"),
-                    ("</torch_", "try --workers 0"), ("no space left", "make room; the same command goes on"))
+        remedies = (("tried to allocate", "lower --batch, --pool or --dim"), ("</torch_", "try --workers 0"),
+                    ("dataloader worker (pid", "try --workers 0"),
+                    ("no space left", "make room; the same command goes on"))
         message += next((f"; {what}" for sign, what in remedies if sign in message.lower()), "")
         if world_size() > 1:  # NCCL's farewell below would wait for processes that wait for this one
             print(message, file=sys.stderr, flush=True)

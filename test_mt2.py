@@ -2144,6 +2144,9 @@ def test_the_probe_of_a_mixture_has_a_decay_of_one_hundredth():
     (a, b), = probe.fit_mixture(x, y, False)[1].tolist()
     assert a == pytest.approx(-b, rel=1e-3)
     assert 0.01 * a == pytest.approx(1 / (1 + math.exp(2 * a)), rel=0.01)
+    for n in (1, 5):  # the same tag n times: each as if it were alone
+        w = probe.fit_mixture(x, y[:, :1].expand(2, n), True)[1].flatten()
+        assert_close(0.01 * w, 1 / (1 + w.exp()), rtol=0.01, atol=0)
 
 
 def test_readouts_are_what_their_names_say():
