@@ -18,8 +18,8 @@ import json
 import math
 import os
 import sys
-from collections import defaultdict
-from contextlib import suppress
+from collections import Counter, defaultdict
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -101,7 +101,7 @@ def of_spectrum(name, spectra):
 def of_package(spec, device, download=False, trust=False):
     """A system out of muq:FOLDER, mert:FOLDER, musicfm:FOLDER or module:callable, which takes waves [B, T] at
     its own `.rate`, else 16 kHz, and gives a list of [B, frames, dim]. ValueError if it does not load, or
-    fails on four seconds of silence."""
+    fails, be it on four seconds of silence or later."""
     kind, _, where = spec.partition(":")
     # with transformers 5 MERT and MusicFM give no hidden states (tried with their own code)
     known = dict(muq="pip install muq 'transformers<5'; FOLDER holds config and weights",
@@ -111,7 +111,16 @@ def of_package(spec, device, download=False, trust=False):
     if kind in known and not download:
         need(Path(where).is_dir(), f"--encoder {spec}: no such folder; or add --download to fetch it by name")
         os.environ["HF_HUB_OFFLINE"] = "1"  # a local folder never asks the network
-    try:
+
+    @contextmanager
+    def one_line():
+        try:
+            yield
+        except Exception as error:  # foreign code raises anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            wants = known.get(kind, "module:callable on PYTHONPATH that gives a list of [B, frames, dim]")
+            raise ValueError(f"--encoder {spec}: {reason}; it needs {wants}") from None
+    with one_line():
         rate = 24000
         if kind == "muq":
             from muq import MuQ
@@ -135,18 +144,15 @@ def of_package(spec, device, download=False, trust=False):
             layers = getattr(importlib.import_module(kind), where)
             rate = getattr(layers, "rate", SAMPLE_RATE)
 
-        def read(wave):
-            found = layers(resample(wave, SAMPLE_RATE, rate))
+    def read(wave):
+        with one_line():
+            found = layers(resample(wave.clone(), SAMPLE_RATE, rate))  # it may work in place
             need(all(x.ndim == 3 and len(x) == len(wave) for x in found), "a layer is not [B, frames, dim]")
             return readouts(found)
-        with torch.no_grad():
-            for n in (1, 2):
-                read(torch.zeros(n, SAMPLES, device=device))  # what does not fit is known before all music
-        return read
-    except Exception as error:  # foreign code raises anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        wants = known.get(kind, "module:callable on PYTHONPATH that gives a list of [B, frames, dim]")
-        raise ValueError(f"--encoder {spec}: {reason}; it needs {wants}") from None
+    with torch.no_grad():
+        for n in (1, 2):
+            read(torch.zeros(n, SAMPLES, device=device))  # what does not fit is known before all music
+    return read
 
 # ---- Probes: one linear layer for each layer x readout x strength of weight decay, all in one computation
 L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -410,7 +416,7 @@ def parse(kind, text, folder, sound):
     if kind == "key":
         tonic, _, mode = text.replace(":", " ").lower().partition(" ")  # as in C:maj, f# minor
         tonics = KEY_TO_SEMITONE | {"cb": 11, "fb": 4, "e#": 5, "b#": 0}  # mir_eval lacks these
-        index = tonics.get(tonic), {"maj": 0, "min": 12}.get(mode.strip()[:3])
+        index = tonics.get(tonic), {"maj": 0, "major": 0, "min": 12, "minor": 12}.get(mode.strip())
         need(None not in index, f"'{text}' is no key like C major or F# minor")
         return {sum(index)}
     if kind == "tempo":
@@ -426,7 +432,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
     what is wrong with it, before anything is computed; for_probe: also for what no probe can be fit on."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
+            reader = csv.DictReader(file, restval="", strict=True)
             rows, columns = list(reader), reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"--data {path}: {error}; give a CSV text file, see README.md") from None
@@ -439,8 +445,8 @@ def manifest(path, tasks, seed=0, for_probe=True):
     files = [folder / row["path"] for row in rows]
     lost = [str(file) for file in files if not file.is_file()]
     need(not lost, f"{path}: {len(lost)} of {len(files)} files are missing, as {lost[:1]}; fix column 'path'")
-    once = len({file.resolve() for file in files}) == len(files)
-    need(once, f"{path}: a file is listed twice; give each file one row")
+    twice = [name for name, n in Counter(str(file.resolve()) for file in files).items() if n > 1]
+    need(not twice, f"{path}: {twice[:1]} is listed twice; give each file one row")
     rank = np.random.default_rng(seed).permutation(len(rows))  # no split: a random fifth is for testing
     split = [row.get("split", "test" if i < len(rows) / 5 else "train").strip() for i, row in zip(rank, rows)]
     wrong = sorted(set(split) - {"train", "valid", "test"})
@@ -578,15 +584,17 @@ REFERENCES = ("untrained", "log-mel", "chroma", "flux")  # and names that end in
 def ready(path):
     """ValueError, before the work, if a file cannot be written; `write` makes the folders that lack."""
     nearest = next(filter(os.path.lexists, Path(path).absolute().parents))  # that exists
-    good = nearest.is_dir() and os.access(nearest, os.W_OK) and not Path(path).is_dir()
+    free = not os.path.exists(path) or os.path.isfile(path) and os.access(path, os.W_OK)
+    good = nearest.is_dir() and os.access(nearest, os.W_OK) and free
     need(good, f"--out: {path} cannot be written; name another place")
 
 def write(path, save):
     """Whatever save(open file) writes -> file, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
+    temporary = f"{path}.{os.getpid()}.tmp"  # its own: two probes may write to one place
+    with open(temporary, "wb") as file:
         save(file)
-    os.replace(f"{path}.tmp", path)  # whoever reads meanwhile sees the old file or the new one
+    os.replace(temporary, path)  # whoever reads meanwhile sees the old file or the new one
     print(path)
 
 def draw(path, figure):
@@ -736,7 +744,9 @@ def command_table(args, device):
     models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
     others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
               for spec in args.encoder}
-    args.out = args.out or next((run for run in args.run if Path(run).is_dir()), "runs/probe")
+    home = next((run for run in args.run if Path(run).is_dir()), "runs/probe")
+    # a manifest's results do not replace those on generated music
+    args.out = args.out or (os.path.join(home, Path(args.data).stem) if args.data else home)
     measure(models, others, args, device)
 
 def command_ablation(args, device):
@@ -757,6 +767,8 @@ def command_embed(args, device):
     """Every readout [layers, windows, dim] of 4 s windows, and their names and times [windows], as an npz."""
     out = args.out or "features.npz"
     system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}  # no name, no seeds
+    free = Path(out).suffix == ".npz" or not os.path.lexists(out)
+    need(free, f"--out {out}: there already, and no .npz; a name that was forgotten?")
     ready(out)
     files = read_files(progress(args.file, "files"), frames=False)
     found, owner, now, _ = collect(system, files, device)
@@ -779,6 +791,8 @@ def command_key(args, device):
     for waves, owner, _, _ in read_files(progress(files, "files")):
         i = int(owner[0])
         found, file = found + 1, str(files[i]).encode(errors="backslashreplace").decode()  # may be no text
+        level = waves.abs().amax(1)
+        waves = waves[level >= 1e-4 * level.max()]  # windows 80 dB below the loudest are silent: no say
         y = mt2.key_profile(model, waves.to(device), crops)  # [crops, windows, 12]
         tonic = int(mt2.key_signature(y.mean((0, 1)), in_c))
         sure = mt2.key_phase(y).sgn().mean().abs().item()  # 1 if all windows and crops agree
@@ -824,7 +838,7 @@ FLAGS = {  # * and +: so many of them; not part of the name
     "--seed": dict(type=int, default=0, help="of the split into train and test, where the manifest has none"),
     "--steps": dict(type=int, default=400, help="training steps of each model"),
     "--seeds": dict(type=int, default=3, help="models of each kind"),
-    "--out": dict(help="folder to write to; of embed: the npz file"),
+    "--out": dict(help="folder to write to (else RUN, or RUN/MANIFEST); of embed: the npz file"),
     "--csv": dict(action="store_true", help="print a CSV table"),
     "--device": dict(default="auto", help="auto, cpu or cuda")}
 COMMANDS = {
