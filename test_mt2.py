@@ -2443,6 +2443,8 @@ def test_without_a_split_a_fifth_is_for_testing_by_seed_and_tags_lie_between_bar
     ("more cells", "path,key\nsong0.wav,C major, sad\nsong1.wav,A minor", "key", "more cells than"),
     ("spaced chord", "path,chords\nsong0.wav,spaced.lab\nsong1.wav,spaced.lab", "chords", "a chord like A"),
     ("no chord", "path,chords\nsong0.wav,bad.lab\nsong1.wav,bad.lab", "chords", "chord label: Q:maj"),
+    ("two keys", "path,key\nsong0.wav,C major / A minor\nsong1.wav,A minor", "key", "is no key"),
+    ("open quote", 'path,key\nsong0.wav,"C major\nsong1.wav,A minor', "key", "unexpected end"),
     ("odd digit", "path,tempo\nsong0.wav,1²\nsong1.wav,90", "tempo", "not 10 to 1000"),
     ("late lab", "path,chords\nsong0.wav,late.lab\nsong1.wav,late.lab", "chords", "but the sound ends")])
 def test_a_bad_manifest_is_refused_and_nothing_is_written(small_run, capsys, name, text, task, expected):
@@ -2599,6 +2601,22 @@ def test_any_callable_is_an_encoder(small_run, short_probe, capsys, monkeypatch)
         ("key", "seq_avg", 0), ("key", "seq_avg", 1), ("chord", "seq", 0), ("chord", "seq", 1)}
 
 
+def test_an_encoder_that_works_in_place_spoils_no_reference_and_may_fail_late_in_one_line(
+        short_probe, capsys, monkeypatch, tmp_path):
+    def spoil(wave):
+        if len(wave) > 2 and late:
+            raise KeyError("late")
+        return [wave.mul_(0).view(len(wave), -1, 100)]
+    plain = lambda wave: [wave.view(len(wave), -1, 100)]
+    monkeypatch.setitem(sys.modules, "odd", types.SimpleNamespace(spoil=spoil, plain=plain))
+    found = []
+    for late, name in ((False, "spoil"), (False, "plain"), (True, "spoil")):
+        said = probe_main(capsys, "--encoder", f"odd:{name}", "--task", "chord", "--out", tmp_path / name)
+        rows = json.loads((tmp_path / name / "results.json").read_text())
+        found.append([row["valid_loss"] for row in rows if row["encoder"] == "log-mel"])
+    assert found[0] == found[1] and said.startswith("probe: --encoder odd:spoil: KeyError: 'late'")
+
+
 @pytest.mark.parametrize("f", [lambda x: [x[:, :8]], lambda x: [x[:, :64].unflatten(1, (8, 8)).squeeze(0)]])
 def test_an_encoder_that_forgets_frames_or_a_clip_alone_is_refused(f, short_probe, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "flat", types.SimpleNamespace(f=f))
@@ -2736,6 +2754,30 @@ def test_a_key_is_read_at_twelve_crops_and_its_confidence_is_their_agreement(sma
     said = probe_main(capsys, "key", small_run / "run", small_run / "song0.wav", "--csv")
     assert said.endswith("song0.wav,C major,A minor,0.71\n")  # of two phases a right angle apart
     assert seen[0] == seen[1] and sorted(c % 12 for c in seen[0]) == list(range(12))
+
+
+def test_silence_in_a_song_has_no_say_in_its_key(small_run, capsys):
+    song = soundfile.read(small_run / "song0.wav")[0][:64000]
+    soundfile.write(small_run / "plain.wav", song, 16000)
+    soundfile.write(small_run / "gaps.wav", np.concatenate([np.zeros(64000), song, np.zeros(320000)]), 16000)
+    songs = small_run / "plain.wav", small_run / "gaps.wav"
+    said = probe_main(capsys, "key", small_run / "run", *songs, "--csv")
+    _, plain, gaps = [line.split(",")[1:] for line in said.splitlines() if ".wav," in line or "file," in line]
+    assert plain == gaps
+
+
+def test_embed_replaces_only_npz_and_a_manifest_leaves_the_results_of_a_run(small_run, capsys):
+    song = small_run / "song0.wav"
+    before = song.read_bytes()
+    said = probe_main(capsys, "embed", small_run / "run", small_run / "song1.wav", "--out", song)
+    assert "there already" in said and song.read_bytes() == before
+    rows = [f"song{i}.wav,{'ab'[i % 2]}" for i in range(6)]
+    (small_run / "mine.csv").write_text("\n".join(["path,mood", *rows]))
+    before = files_of(small_run / "run")
+    probe_main(capsys, small_run / "run", "--data", small_run / "mine.csv", "--task", "mood")
+    assert (small_run / "run" / "mine" / "results.json").exists()
+    shutil.rmtree(small_run / "run" / "mine")
+    assert files_of(small_run / "run") == before
 
 
 def test_key_names_a_broken_song_goes_on_and_ends_with_an_error(small_run, capsys):
