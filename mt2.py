@@ -1197,10 +1197,11 @@ def keep_memory():
         mallopt(-4, 0)            # M_MMAP_MAX: take no memory from outside the heap
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give none of it back
 
-def ignore_signals(worker):
-    """Ctrl-C and schedulers of clusters reach workers as well; the loop ends them once it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(worker, seconds=20):
+    """Ctrl-C and a cluster's scheduler reach workers as well: they go on, so that the loop can save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not for ever: a program that ends while it keeps the loop waits for them
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(seconds))
 
 def music_stream(c, rank, device, first, end):
     """-> the run's Stream, and an iterator over its chunks from `first` to before `end`, made by workers."""
@@ -1218,7 +1219,7 @@ def music_stream(c, rank, device, first, end):
         keep_memory()
     stream = Stream(c, rank)
     return stream, iter(DataLoader(stream, batch_size=None, sampler=range(first, end), num_workers=workers,
-                                   worker_init_fn=ignore_signals))
+                                   worker_init_fn=outlive_signals))
 
 def train(config):
     """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.

@@ -1404,6 +1404,18 @@ def test_a_signal_that_reaches_the_workers_too_costs_nothing(number, songs, tmp_
         assert len(log_of(train(tiny(tmp_path, workers=1, data=str(songs), easy=0, steps=12)))) == 12
 
 
+def test_a_program_that_keeps_a_failed_run_ends_with_its_workers(tmp_path):
+    code = f"""import mt2, test_mt2
+mt2.losses = lambda *_: 1 / 0
+mt2.outlive_signals.__defaults__ = (1,)
+try:
+    mt2.train(test_mt2.tiny({str(tmp_path)!r}, workers=2))
+except ZeroDivisionError as error:
+    kept = error  # and its frames, the loop's iterator among them
+    print("kept")"""
+    assert "kept" in subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True, timeout=60)
+
+
 def test_a_signal_to_the_whole_process_group_saves_and_ends_the_run(songs, tmp_path):
     flags = [*FLAGS, "--steps=100000", "--workers=1", f"--data={songs}", "--easy=0", "--tasks=con"]
     flags += ["--batch=64", "--pool=64", "--fresh=16", "--dim=96", "--depth=4"]  # a worker dies within a step
