@@ -2026,6 +2026,7 @@ def test_a_folder_with_nothing_usable_ends_in_one_line_before_the_first_step(
 def test_a_folder_that_is_emptied_meanwhile_ends_in_one_line(workers, songs, monkeypatch, capsys, tmp_path):
     folder = shutil.copytree(songs, tmp_path / "songs")
     at_step(monkeypatch, lambda n, batch: shutil.rmtree(folder, ignore_errors=True))
+    monkeypatch.setattr(mt2.outlive_signals, "__defaults__", (1,))  # seconds
     flags = ["--out", tmp_path / "run", "--data", folder, "--tasks", "con", "--easy", 0, "--steps", 30]
     code, lines = run_main(monkeypatch, capsys, *FLAGS, *flags, "--workers", workers)
     assert code != 0 and "none of 8 files can be used" in lines[-1] and "gone" in lines[-1], lines
