@@ -199,8 +199,8 @@ class VQT(nn.Module):
 
     def quarter_rate(self, wave):
         """Wave [B, T] -> the same at a quarter of its rate: torchaudio's resampler as a matrix (measured: the
-        VQT takes .55 of the time). A window of 120 samples becomes 30, of which 7 at either end are left out:
-        it was cut there. The 16 between stand for 64 samples, 28 to 91: the next window starts 64 later."""
+        VQT takes .55 of the time). A window of 120 samples becomes 30, of which 7 at either end are dropped,
+        as it was cut there. The other 16 are 64 samples, 28 to 91: the next window starts 64 later."""
         windows = F.pad(wave, (28, 92)).unfold(-1, 120, 64)  # [B, windows, 120], a view
         return (windows @ self.quarter).flatten(1)
 
@@ -619,7 +619,7 @@ def cpsd(y_a, y_b, k, omega=7):
 
 INSTRUMENTS = {
     # harmonics fall as h^-slope, even ones times `even`, around a formant in Hz (0: none); attack s, decay s,
-    # decay of the upper harmonics s (0: the same), depth of vibrato, x: partial h lies at h sqrt(1 + x h^2)
+    # upper harmonics' decay s (0: the same), depth of vibrato, stretch x: partial h at h sqrt(1 + x h^2)
     #         slope  even formant attack decay upper vibrato stretch
     "piano":    (1.6, 1.00,    0, 0.003, 1.0, 0.3, 0.000, 6e-4),
     "guitar":   (1.3, 1.00,  400, 0.002, 0.5, 0.2, 0.000, 1e-4),
@@ -727,7 +727,7 @@ class SyntheticMusic:
         jitter: dB by which each harmonic may stray, so that no two pianos are alike."""
         slope, even, formant, _, _, upper, _, stretch = INSTRUMENTS[name]
         h = np.arange(1, 25)  # harmonics
-        hz = h * 440 * 2 ** ((pitch - 69) / 12)  # up to 5500: high melodies alias, by -9 dB at worst
+        hz = h * 440 * 2 ** ((pitch - 69) / 12)  # above 5500 none: only high melodies alias, at worst -9 dB
         stray = np.array([rng.gauss(0, jitter) for _ in h])
         amp = h ** -slope * np.where(h % 2 == 0, even, 1) * 10 ** (stray / 20) * (hz < 5500)
         amp = amp * (0.15 + np.exp(-np.log2(hz / formant) ** 2)) if formant else amp
@@ -1210,7 +1210,7 @@ def music_stream(c, rank, device, first, end):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    # the loop needs a core; two chunks of 1.4 MB wait for each worker in a container's 64 MB of shared memory
+    # the loop needs a core; 12, as two chunks of each, 1.4 MB, wait in a container's 64 MB of shared memory
     spare = cores // 2 if device.type == "cpu" else min(cores - 1, 12)
     workers = max(1, spare) if c.workers < 0 else c.workers  # 0: music is made between the steps
     # with more threads than free cores a step takes up to ten times as long (measured on CPU)

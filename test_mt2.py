@@ -2769,6 +2769,22 @@ def test_a_key_is_read_at_twelve_crops_and_its_confidence_is_their_agreement(sma
     assert seen[0] == seen[1] and sorted(c % 12 for c in seen[0]) == list(range(12))
 
 
+def test_two_probes_may_write_to_one_file_at_once(tmp_path, monkeypatch):
+    def save(file):
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # the other
+        probe.write(tmp_path / "a.json", lambda file: file.write(b"theirs"))
+        file.write(b"mine")
+    probe.write(tmp_path / "a.json", save)
+    assert files_of(tmp_path) == {"a.json": b"mine"}
+
+
+def test_key_asks_for_no_split_that_probes_know(small_run):
+    (small_run / "dev.csv").write_text("path,key,split\nsong0.wav,C major,dev")
+    assert probe.manifest(small_run / "dev.csv", ["key"], for_probe=False)[1] == {"key": [{0}]}
+    with pytest.raises(ValueError, match="'dev'. is not train"):
+        probe.manifest(small_run / "dev.csv", ["key"])
+
+
 def test_silence_in_a_song_has_no_say_in_its_key(small_run, capsys):
     song = soundfile.read(small_run / "song0.wav")[0][:64000]
     soundfile.write(small_run / "plain.wav", song, 16000)
