@@ -1384,7 +1384,7 @@ def test_kill_9_at_random_moments_costs_nothing(songs, tmp_path):
             time.sleep(0.01)
         time.sleep(random.Random(rows).random() / 20)
         run.kill()
-        run.communicate(timeout=60)
+        run.wait(timeout=60)  # not for its worker, which looks for its parent every five seconds
     np.testing.assert_allclose(log_of(tmp_path / "run"), log_of(whole), rtol=1e-5, atol=1e-6)
     assert_close(weights(tmp_path / "run"), weights(whole), rtol=1e-5, atol=1e-6)
 
@@ -1405,11 +1405,11 @@ def test_a_signal_that_reaches_the_workers_too_costs_nothing(number, songs, tmp_
 
 
 def test_a_program_that_keeps_a_failed_run_ends_with_its_workers(tmp_path):
-    code = f"""import mt2, test_mt2
+    code = f"""import mt2
 mt2.losses = lambda *_: 1 / 0
 mt2.outlive_signals.__defaults__ = (1,)
 try:
-    mt2.train(test_mt2.tiny({str(tmp_path)!r}, workers=2))
+    mt2.train(mt2.Config(**{TINY | {"out": str(tmp_path), "workers": 2, "tasks": "con"}}))
 except ZeroDivisionError as error:
     kept = error  # and its frames, the loop's iterator among them
     print("kept")"""
@@ -1904,8 +1904,8 @@ def torchrun(*words, **more):
 
 
 def test_a_run_of_one_process_goes_on_with_two(tmp_path):
-    interrupted(tiny(tmp_path / "run"), 5)
-    code, said, errors = torchrun(HERE / "mt2.py", *FLAGS, cwd=tmp_path)
+    interrupted(tiny(tmp_path / "run", tasks="con"), 5)  # con: no monitor, so quick
+    code, said, errors = torchrun(HERE / "mt2.py", *FLAGS, "--tasks=con", cwd=tmp_path)
     assert code == 0 and "steps 3 to 8" in said and "Traceback" not in errors, errors
     assert [int(row[0]) for row in log_of(tmp_path / "run")] == list(range(1, 9))
 
@@ -1919,7 +1919,7 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
 @pytest.mark.parametrize("everybody", [False, True])
 def test_a_signal_to_one_rank_or_to_every_process_saves_and_ends_all(everybody, tmp_path):
-    flags = [*FLAGS, "--steps=100000", "--save-every=100000", "--workers=1"]
+    flags = [*FLAGS, "--steps=100000", "--save-every=100000", "--workers=1", "--tasks=con"]
     ranks = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
     job = python(*ranks, HERE / "mt2.py", *flags, cwd=tmp_path)
     log = wait_for_log(job, tmp_path / "run")
@@ -1939,7 +1939,7 @@ def test_a_dying_rank_ends_the_job_with_a_message(tmp_path):
         "    return real(*given)\nmt2.losses = losses\n"
         "mt2.dist.destroy_process_group = lambda: time.sleep(900)  # NCCL's would wait for rank 0\n"
         "mt2.main()\n")
-    code, _, errors = torchrun(tmp_path / "script.py", *FLAGS, cwd=tmp_path)
+    code, _, errors = torchrun(tmp_path / "script.py", *FLAGS, "--tasks=con", cwd=tmp_path)
     assert code != 0 and "mt2: rank 1 fell" in errors
 
 
