@@ -143,11 +143,13 @@ def of_package(spec, device, download=False, trust=False):
         else:
             layers = getattr(importlib.import_module(kind), where)
             rate = getattr(layers, "rate", SAMPLE_RATE)
+            layers = layers.to(device).eval() if isinstance(layers, torch.nn.Module) else layers
 
     def read(wave):
         with one_line():
-            found = layers(resample(wave.clone(), SAMPLE_RATE, rate))  # it may work in place
-            need(all(x.ndim == 3 and len(x) == len(wave) for x in found), "a layer is not [B, frames, dim]")
+            found = [*layers(resample(wave.clone(), SAMPLE_RATE, rate))]  # it may work in place
+            good = found and all(x.ndim == 3 and len(x) == len(wave) for x in found)
+            need(good, "a layer is not [B, frames, dim], or there is none")
             return readouts(found)
     with torch.no_grad():
         for n in (1, 2):
@@ -210,7 +212,7 @@ def probe(x, y, held_x, held_y, multi, mix=False):
     -> predict (features [G, M, D] -> logits [G, M, C]), held-out losses [G], None.
     mix: one probe of a learned mixture -> predict (-> [1, M, C]), loss [1], shares of the G layers [G]."""
     mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # [G, 1, D]
-    std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature becomes 0
+    std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # a feature constant but for rounding: 0
     scaled = lambda x: (x - mean) / std
     if mix:
         share, w, b = fit_mixture(scaled(x), y, multi)
@@ -228,6 +230,7 @@ KINDS = dict(key="key", tempo="tempo", bpm="tempo", chord="chord", chords="chord
 
 class Task(NamedTuple):
     """What to predict, and how well it was done."""
+    name: str            # as results and messages have it
     y: torch.Tensor      # targets [windows, C] or, per frame, [windows, frames, C]; NaN without label
     owner: torch.Tensor  # [windows] the file of each
     score: Callable      # (probabilities like y, test files, validation files) -> {metric: value}
@@ -280,7 +283,7 @@ def clip_task(name, truth, owner):
         if kind == "key":
             scores["mirex"] = np.mean([weighted_score(KEYS[a], KEYS[b]) for a, b in zip(right, said)])
         return scores
-    return Task(y[owner], owner, score, tags)
+    return Task(name, y[owner], owner, score, tags)
 
 def chord_task(name, truth, owner, now):
     """Truth: (intervals [n, 2] in s, classes [n]) per file; owner, now: files of windows, times of frames.
@@ -295,7 +298,7 @@ def chord_task(name, truth, owner, now):
     def score(p, test, valid):
         known = torch.isin(owner, test)[:, None] & (index >= 0)  # [windows, frames]
         return {"majmin": (p.argmax(-1) == index)[known].float().mean().item()}  # all frames count alike
-    return Task(y, owner, score)
+    return Task(name, y, owner, score)
 
 def peaks(curve):
     """Where curves [n, frames] are above 0 and highest within two frames on either side."""
@@ -325,7 +328,7 @@ def event_task(name, truth, owner, now):
                 guess = now[mine, :-1][said[mine]].numpy()
                 values.append(f_measure(true, guess) if len(guess) else 0)  # without any mir_eval would warn
         return {"f_measure": np.mean(values or math.nan)}
-    return Task(y, owner, score, multi=True)
+    return Task(name, y, owner, score, multi=True)
 
 FRAME_TASKS = dict(chord=chord_task, beat=event_task, onset=event_task)
 
@@ -356,7 +359,7 @@ def cut(path):
     """Sound file -> mono 16 kHz windows [n, 64000], one after another; a rest is padded or, if no longer
     than a quarter of a window, dropped, unless it is all there is. ValueError."""
     import soundfile
-    need(Path(path).is_file(), f"{path}: no such file; name sound files, not folders")
+    need(os.path.isfile(path), f"{path}: no such file; name sound files, not folders")
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be valid text
             rate = 25 * round(file.samplerate / 25)  # as in mt2.AudioFolder
@@ -393,13 +396,13 @@ def read_labels(path, kind, sound):
     """Label file -> times [n] in s of events; of chords (intervals [n, 2] in s, classes [n]). ValueError."""
     import soundfile
     from mir_eval.chord import InvalidChordException
-    need(path.is_file(), f"{path}: no such label file; fix the column")
+    need(os.path.isfile(path), f"{path}: no such label file; fix the column")
     try:
         rows = [line.split() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         times = np.array([row[:2 if kind == "chord" else 1] for row in rows], float)
         chords = [chord_class(label) for _, _, label in rows] if kind == "chord" else []
         rising = rows and times.min() >= 0 and (np.diff(times.flatten()) > -1e-3).all()  # slack: rounding
-        need(rising, "no times that rise")
+        need(rising, "no times that rise from 0 on")
     except (ValueError, InvalidChordException) as error:
         line = "two rising times in seconds, a chord like A:min" if kind == "chord" else "a time in seconds"
         raise ValueError(f"{path}: empty or not labels ({error}); a line holds {line}") from None
@@ -433,7 +436,10 @@ def manifest(path, tasks, seed=0, for_probe=True):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="", strict=True)
-            rows, columns = list(reader), reader.fieldnames or ()
+            columns = [name.strip() for name in reader.fieldnames or ()]
+            columns = ["split" if name.lower() == "split" else name for name in columns]  # Split, too
+            reader.fieldnames = columns
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"--data {path}: {error}; give a CSV text file, see README.md") from None
     folder, truth, parts = Path(path).parent, {}, {}
@@ -443,7 +449,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
     need(not surplus, f"{path}: a row has more cells than the header; quote commas")
     rows = [row for row in rows if any(row[task].strip() for task in tasks)]  # with at least one label
     files = [folder / row["path"] for row in rows]
-    lost = [str(file) for file in files if not file.is_file()]
+    lost = [str(file) for file in files if not os.path.isfile(file)]
     need(not lost, f"{path}: {len(lost)} of {len(files)} files are missing, as {lost[:1]}; fix column 'path'")
     twice = [name for name, n in Counter(str(file.resolve()) for file in files).items() if n > 1]
     need(not twice, f"{path}: {twice[:1]} is listed twice; give each file one row")
@@ -487,8 +493,10 @@ def collect(systems, batches, device):
                 continue
             for readout, x in read(waves).items():
                 if frames or x.ndim == 3:
-                    x = x if x.ndim == 3 else x.half()  # frames are many
-                    need(x.isfinite().all(), f"{name}, {readout}: NaN, infinity or beyond half precision")
+                    need(x.isfinite().all(), f"{name}, {readout}: NaN or infinity")
+                    if x.ndim == 4:  # frames are many: in half precision, unless that spoils a feature
+                        near = (x.half() - x).abs() <= 0.1 * x.std((1, 2), keepdim=True)
+                        x = x.half() if near.all() else x
                     found[name, seeds][readout].append(x.cpu())
     need(windows, "no sound could be read")
     found = {name: {r: torch.cat(x, 1) for r, x in features.items()} for name, features in found.items()}
@@ -506,7 +514,7 @@ def evaluate(x, task, part, device, mix=False):
     owner, data = task.owner.repeat_interleave(len(y) // len(task.owner)), []
     for files, least in ((train, 2), (valid, 1)):
         rows = (torch.isin(owner, files) & y.isfinite().all(-1)).nonzero()[:, 0]  # with a label
-        need(len(rows) >= least, "too little labelled sound to train and validate; label more")
+        need(len(rows) >= least, f"column '{task.name}': too little labelled sound; label more files")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
         data += [flat[:, rows].to(device).float(), y[rows].to(device)]  # frames: stored as halves
@@ -592,9 +600,14 @@ def write(path, save):
     """Whatever save(open file) writes -> file, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"  # its own: two probes may write to one place
-    with open(temporary, "wb") as file:
-        save(file)
-    os.replace(temporary, path)  # whoever reads meanwhile sees the old file or the new one
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+        os.replace(temporary, path)  # whoever reads meanwhile sees the old file or the new one
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({mt2.brief(error)})") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
     print(path)
 
 def draw(path, figure):
@@ -697,7 +710,7 @@ SEEDS = (0, 1, 2)  # each draws the files a probe trains on
 def measure(models, others, args, device):
     """Probe models, an iterable of (name, seeds, model) that may train as it goes, and other systems, beside
     references; print and write results."""
-    out, asked = Path(args.out), args.task.split(",") if args.task else []
+    out, asked = Path(args.out), [t.strip() for t in args.task.split(",")] if args.task else []
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
         files, truth, parts = manifest(args.data, asked, args.seed)
@@ -733,6 +746,8 @@ def measure(models, others, args, device):
     write(out / "results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
     table(results)
     draw(out / "layers.png", layers_figure(results))
+    scored = {row["task"] for row in results if row["value"] is not None}
+    need(scored == {*asked}, f"column {[*{*asked} - scored][:1]}: no metric can score its test files")
     if args.data:
         none_lost(len(owner.unique()), files)
 
@@ -744,7 +759,8 @@ def command_table(args, device):
     models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
     others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
               for spec in args.encoder}
-    home = next((run for run in args.run if Path(run).is_dir()), "runs/probe")
+    homes = (run if Path(run).is_dir() else os.path.dirname(run) for run in args.run)
+    home = next(homes, "runs/probe")
     # a manifest's results do not replace those on generated music
     args.out = args.out or (os.path.join(home, Path(args.data).stem) if args.data else home)
     measure(models, others, args, device)

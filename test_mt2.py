@@ -2122,6 +2122,24 @@ def test_features_are_standardised_by_the_training_rows(monkeypatch):
         assert_close(got, torch.full((1, 4), value), rtol=0, atol=1e-5)
 
 
+def test_scale_and_offset_of_features_change_nothing_and_constant_ones_are_not_used():
+    x, y = noise(1, 60, 4), F.one_hot(torch.arange(60) % 2).float()
+    said = [probe.probe(given, y, given, y, False)[0](given)
+            for given in (x, 1e-9 * x, 1e4 * (x + 1), torch.cat([x, 99 + 1e-5 * noise(1, 60, 2, seed=1)], 2))]
+    for other in said[1:]:
+        assert_close(other, said[0], rtol=1e-2, atol=1e-3)
+
+
+def test_frames_are_kept_in_half_precision_unless_that_spoils_them():
+    x = noise(1, 2, 126, 3)
+    for scale, offset, kind in ((1, 0, torch.float16), (1e-9, 0, torch.float32), (1, 5e3, torch.float32),
+                                (1e6, 0, torch.float32)):
+        system = {("x", ()): lambda waves: {"seq": scale * x + offset}}
+        found = probe.collect(system, [(torch.zeros(2, 1), torch.arange(2), torch.zeros(2), True)], "cpu")[0]
+        assert found["x", ()]["seq"].dtype == kind
+        assert_close((found["x", ()]["seq"].float() - offset) / scale, x, rtol=0, atol=2e-3)
+
+
 def test_a_mixture_leans_on_the_layer_that_tells():
     y = torch.arange(600) % 3
     x, target = noise(3, 600, 8), F.one_hot(y, 3).float()
@@ -2196,7 +2214,7 @@ def test_scores_are_filed_under_their_readout_and_layer(monkeypatch):
     monkeypatch.setattr(probe, "evaluate", lambda x, *_: (
         [{"accuracy": v.mean()} for v in x], [0.0] * len(x), None))
     eq, con = torch.arange(1., 5).view(2, 2, 1, 1)  # two layers each
-    task, parts = probe.Task(torch.eye(2), torch.arange(2), None), [torch.arange(9)] * 3
+    task, parts = probe.Task("x", torch.eye(2), torch.arange(2), None), [torch.arange(9)] * 3
     rows = probe.study({("x", (0,)): dict(eq=eq, con=con)}, {"mood": task}, {"mood": parts}, "cpu", False)
     assert [(r["readout"], r["layer"], r["value"]) for r in rows] == [
         ("eq", 0, 1), ("eq", 1, 2), ("con", 0, 3), ("con", 1, 4)]
@@ -2553,13 +2571,13 @@ def test_labels_that_cannot_be_are_refused(kind, text, tmp_path):
         probe.parse(kind, "file" if "\n" in text else text, tmp_path, tmp_path / "lost.wav")
 
 
-def test_an_encoder_gets_one_line_for_features_beyond_half_precision_and_probes_of_width_one(
+def test_an_encoder_gets_one_line_for_features_that_are_no_numbers_and_probes_of_width_one(
         small_run, short_probe, capsys, monkeypatch):
-    (small_run / "odd.py").write_text("loud = lambda wave: [1e8 * wave[:, :63488].unflatten(1, (-1, 512))]\n"
+    (small_run / "odd.py").write_text("nan = lambda wave: [0 / wave[:, :63488].unflatten(1, (-1, 512))]\n"
                                       "one = lambda wave: [wave[:, ::512, None]]\n")
     monkeypatch.syspath_prepend(small_run)
-    said = probe_main(capsys, "--encoder", "odd:loud", "--task", "chord", "--out", small_run / "odd")
-    assert "odd:loud, seq: NaN, infinity or beyond" in said
+    said = probe_main(capsys, "--encoder", "odd:nan", "--task", "chord", "--out", small_run / "odd")
+    assert "odd:nan, seq_avg: NaN or infinity" in said
     probe_main(capsys, "--encoder", "odd:one", "--task", "key,tags", "--out", small_run / "odd")
     rows = json.loads((small_run / "odd" / "results.json").read_text())
     assert {r["task"] for r in rows if r["encoder"] == "odd:one"} == {"key", "tags"}
@@ -2612,6 +2630,19 @@ def test_any_callable_is_an_encoder(small_run, short_probe, capsys, monkeypatch)
     rows = [r for r in json.loads((out / "results.json").read_text()) if r["encoder"] == "my_encoder:layers"]
     assert {(r["task"], r["readout"], r["layer"]) for r in rows} == {
         ("key", "seq_avg", 0), ("key", "seq_avg", 1), ("chord", "seq", 0), ("chord", "seq", 1)}
+
+
+def test_an_encoder_may_yield_its_layers_and_a_module_is_frozen(monkeypatch):
+    cut = lambda wave: wave.view(len(wave), -1, 500)
+    module = torch.nn.Dropout()
+    module.forward = lambda wave, drop=module.forward: [drop(cut(wave))]
+    each, none = lambda wave: (cut(wave) for _ in range(3)), lambda wave: []
+    monkeypatch.setitem(sys.modules, "odd", types.SimpleNamespace(module=module, each=each, none=none))
+    wave = noise(2, 64000)
+    assert probe.of_package("odd:each", "cpu")(wave)["seq"].shape == (3, 2, 126, 500)
+    assert torch.equal(probe.of_package("odd:module", "cpu")(wave)["seq_avg"][0], cut(wave).mean(1))
+    with pytest.raises(ValueError, match="or there is none"):
+        probe.of_package("odd:none", "cpu")
 
 
 def test_an_encoder_that_works_in_place_spoils_no_reference_and_may_fail_late_in_one_line(
@@ -2776,6 +2807,49 @@ def test_two_probes_may_write_to_one_file_at_once(tmp_path, monkeypatch):
         file.write(b"mine")
     probe.write(tmp_path / "a.json", save)
     assert files_of(tmp_path) == {"a.json": b"mine"}
+
+
+def test_what_cannot_be_written_is_named_and_leaves_no_half_file(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"old")
+    with pytest.raises(OSError, match=r"a\.json: cannot be written \(.*No space left"):
+        probe.write(tmp_path / "a.json", lambda file: file.write(b"half") and disk_full())
+    assert files_of(tmp_path) == {"a.json": b"old"}
+
+
+@pytest.mark.parametrize("header", ["path, split,key", "path,Split ,key", " path,SPLIT,key "])
+def test_a_split_is_respected_however_its_header_is_written(header, small_run):
+    rows = [f"song{i}.wav,{part},C major" for i, part in enumerate(("test", "train", "valid"))]
+    rows += ["song3.wav,train,A minor"]
+    (small_run / "odd.csv").write_text("\n".join([header, *rows]))
+    parts = probe.manifest(small_run / "odd.csv", ["key"])[2]["key"]
+    assert [part.tolist() for part in parts] == [[1, 3], [2], [0]]
+
+
+def test_a_name_that_no_system_can_open_is_left_out_as_any_other(small_run, capsys):
+    said = probe_main(capsys, "key", small_run / "run", "x" * 300, small_run / "song0.wav")
+    assert said == "probe: 1 of 2 files were left out: see above"
+
+
+def test_a_column_that_cannot_be_trained_or_scored_is_named(small_run, capsys):
+    few = [f"song{i}.wav,{tag},{part}" for i, (tag, part) in enumerate([
+        ("a", "train"), ("b|a", "train"), ("b", "train"), ("a", "valid"), ("a", "test"), ("a", "test")])]
+    (small_run / "few.csv").write_text("\n".join(["path,tags,split", *few]))
+    flags = "--data", small_run / "few.csv", "--task", "tags", "--out", small_run / "few"
+    said = probe_main(capsys, small_run / "run" / "model.pt", *flags)
+    assert said == "probe: column ['tags']: no metric can score its test files"
+    assert json.loads((small_run / "few" / "results.json").read_text())[0]["value"] is None
+    task = probe.clip_task("mood", [{"a"}, {"b"}], torch.arange(2))
+    with pytest.raises(ValueError, match="column 'mood': too little"):
+        probe.evaluate(torch.ones(1, 2, 3), task, torch.arange(2).split((1, 1, 0)), "cpu")
+
+
+def test_results_of_a_model_file_lie_beside_it_as_those_of_its_run(small_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(probe, "measure", lambda models, others, args, device: seen.append(args.out))
+    for words in ([small_run / "run"], [small_run / "run" / "model.pt"],
+                  [small_run / "run" / "model.pt", "--data", "x/songs.csv"]):
+        probe.main([*map(str, words)])
+    assert [Path(out) for out in seen] == [small_run / "run"] * 2 + [small_run / "run" / "songs"]
 
 
 def test_key_asks_for_no_split_that_probes_know(small_run):
