@@ -197,6 +197,11 @@ class VQT(nn.Module):
         quarter = torchaudio.functional.resample(torch.eye(120), 4, 1)[:, 7:-7].contiguous()  # [120, 16]
         self.register_buffer("quarter", quarter, persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """What `to` and `half` call: a model in half precision keeps these in float32, or bins err by .3."""
+        keep = lambda x: y if (y := fn(x)).element_size() >= 4 else x.to(y.device)
+        return nn.Module._apply(self, keep, recurse)
+
     def quarter_rate(self, wave):
         """Wave [B, T] -> the same at a quarter of its rate: torchaudio's resampler as a matrix (measured: the
         VQT takes .55 of the time). A window of 120 samples becomes 30, of which 7 at either end are dropped,
@@ -232,6 +237,7 @@ class VQT(nn.Module):
 
 class FrontEnd(nn.Module):
     """Both spectrograms of a wave in dB, before all that depends on the view (equaliser, scaling, crop)."""
+    _apply = VQT._apply  # at least float32
 
     def __init__(self):
         super().__init__()
@@ -241,6 +247,7 @@ class FrontEnd(nn.Module):
 
     def forward(self, wave):
         """Wave [B, T] -> mel dB [B, F, 128] and VQT dB [B, F, 99]; 0 dB is about a full-scale sine."""
+        wave = wave.to(self.vqt.quarter.dtype)
         with torch.autocast(wave.device.type, enabled=False):
             x = self.mel.spectrogram(wave)  # [B, 513, F]; power=2 would take 1.5 times as long (measured)
             power = self.mel.mel_scale(x.real.square() + x.imag.square()).transpose(1, 2)
@@ -401,7 +408,7 @@ class MT2(nn.Module):
             raise ValueError("MT2 takes waves as a tensor of floating-point numbers, in [-1, 1]")
         if wave.ndim != 2 or not len(wave) or not HOP < wave.shape[1] <= SAMPLES:
             raise ValueError(f"MT2 takes waves [B, {HOP + 1} to {SAMPLES} samples], not {list(wave.shape)}")
-        return [unit_range(x) for x in self.front_end(wave.to(self.cls.dtype))]
+        return [unit_range(x).to(self.cls.dtype) for x in self.front_end(wave)]
 
     def crop_offsets(self, wave, offset):
         """An int, [B] or None (the middle) -> the crop's offset for each wave [B]. ValueError if outside."""
@@ -847,7 +854,8 @@ class AudioFolder(Dataset):
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give a folder of wav, flac, ogg or mp3 files")
         self.files, seen = [], set()
-        for folder, below, names in os.walk(root, followlinks=True):
+        closed = lambda error: self.skipped.update({str(error.filename): brief(error)})  # no permission
+        for folder, below, names in os.walk(root, onerror=closed, followlinks=True):
             if (real := os.path.realpath(folder)) in seen:  # links in a circle
                 below.clear()
                 continue
@@ -855,7 +863,8 @@ class AudioFolder(Dataset):
             self.files += [os.path.join(folder, n) for n in names if n.lower().endswith(self.SUFFIXES)]
         self.files.sort()
         if not self.files:
-            raise FileNotFoundError(f"{root}: no file here ends in {', '.join(self.SUFFIXES)}")
+            why = "; ".join([f"no file here ends in {', '.join(self.SUFFIXES)}", *self.skipped.values()])
+            raise FileNotFoundError(f"{root}: {why[:200]}")
 
     def __len__(self):
         return len(self.files)
@@ -884,7 +893,7 @@ class AudioFolder(Dataset):
                 sound = soundfile.SoundFile(os.fsencode(file))
             except RuntimeError:
                 self.unopened.add(file)
-        need(file not in self.unopened, "not a sound file, or broken")
+        need(file not in self.unopened, "not a sound file, broken or not permitted")
         with sound:
             rate, length = sound.samplerate, round(self.seconds * sound.samplerate)
             room = sound.frames - length  # places where a segment can start
@@ -1084,14 +1093,15 @@ def losses(model, batch, g, encode=None):
 
 def save(path, content):
     """torch.save that leaves the old file or the new one, whenever the process or the machine dies."""
-    temporary = path.with_suffix(".tmp")
+    temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
     try:
+        torch.save(content, buffer)  # of a file that cannot be written torch does not say why
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way, before the name changes hands
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot save ({brief(error)}); the save before it is untouched") from None
 
@@ -1135,7 +1145,8 @@ def load(path, device="cpu"):
 def resume(config, out):
     """-> the state that `out` holds of this very run, None for a new one; refuses anything else."""
     for path in (out, *out.parents):
-        need(path.is_dir() or not path.exists(), f"--out {out}: {path} is a file; name a folder")
+        free = path.is_dir() or not os.path.lexists(path)
+        need(free, f"--out {out}: {path} is a file or a dead link; name a folder")
     if not (out / "state.pt").exists():
         if found := [*out.glob("broken-*"), *out.glob("model.pt")]:
             raise ValueError(f"--out {out}: holds {found[0].name} but no state.pt; name another folder")
@@ -1226,7 +1237,8 @@ def train(config):
 
     SIGINT and SIGTERM save and raise SystemExit, a second one of its kind kills (not below torchrun, which
     may send what a scheduler has sent before); ValueError, OSError, RuntimeError, FloatingPointError say in
-    one line what is wrong. Sets the number of torch's threads and, on CPU, how malloc works."""
+    one line what is wrong. Sets torch's seed and number of threads and, on CPU, how malloc works. A script
+    that calls it needs `if __name__ == "__main__":` where workers import it anew (macOS, Windows)."""
     signals = []
 
     def hear(number, frame):  # noted; the step ends first

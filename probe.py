@@ -366,7 +366,8 @@ def cut(path):
             length = min(file.frames, int(LIMIT * file.samplerate))
             wave = file.read(length, dtype="float32", always_2d=True).mean(1)
     except (RuntimeError, TypeError):  # TypeError: .raw, which has no header
-        raise ValueError(f"{path}: not a sound file, or broken; give whole wav, flac, ogg or mp3") from None
+        what = "not a sound file, broken or not permitted; give whole wav, flac, ogg or mp3"
+        raise ValueError(f"{path}: {what}") from None
     # from 80 dB below full scale to 120 above; NaN fails any comparison
     good = 1000 <= rate <= 10 ** 6 and len(wave) and 1e-4 <= np.abs(wave).max() < 1e6
     need(good, f"{path}: holds no sound, or NaN, infinity, a level or a rate beyond all sound; remove it")

@@ -414,6 +414,18 @@ def test_logits_of_a_double_model_are_double_and_of_bf16_tokens_float32():
         assert model().logits(noise(2, net.config.dim)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind, most", [(torch.float16, 0.01), (torch.bfloat16, 0.1), (torch.float64, 1e-3)])
+def test_a_model_in_another_precision_hears_what_it_heard(kind, most):
+    wave = SyntheticMusic(3).batch(2, 0)[0][:, 0]
+    assert_close(VQT().to(kind)(wave).float(), VQT()(wave), rtol=0, atol=1e-4)
+    net, other = model(), model().to(kind)
+    with torch.no_grad():
+        found, expected = other(wave), net(wave)
+    assert found.tokens.dtype == kind
+    assert_close(found.tokens.float(), expected.tokens, rtol=0, atol=most)
+    assert_close(found.y.float(), expected.y, rtol=0, atol=most)
+
+
 def test_waves_as_float64_give_what_float32_gives_and_all_outputs_have_gradients_to_the_wave():
     net, tune, wave = model(), TUNe(tiny(encoder="tune")).eval(), noise(2, 64000)
     for f in (VQT(), tune, lambda wave: net(wave).tokens):
@@ -919,6 +931,21 @@ def test_a_track_with_one_silent_segment_is_not_used(tmp_path):
     soundfile.write(tmp_path / "late.wav", np.repeat([0, 0.5], 80000), 16000)
     with pytest.raises(ValueError, match="silent where it was read"):
         AudioFolder(tmp_path).read(tmp_path / "late.wav", 0.0, 0.99)
+
+
+def test_folders_that_may_not_be_read_are_named(songs, tmp_path, monkeypatch):
+    def scan(path, scandir=os.scandir):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    (tmp_path / "closed").mkdir()
+    shutil.copy(songs / "0.wav", tmp_path)
+    monkeypatch.setattr(os, "scandir", scan)
+    folder = AudioFolder(tmp_path)
+    (name, why), = folder.skipped.items()
+    assert len(folder) == 1 and name == str(tmp_path / "closed") and "Permission denied" in why
+    with pytest.raises(FileNotFoundError, match="closed: no file here ends in .wav.*Permission denied"):
+        AudioFolder(tmp_path / "closed")
 
 
 def test_silent_passages_lost_files_and_links_in_circles_do_no_harm(tmp_path):
@@ -1955,8 +1982,8 @@ BAD = ["--steps 0", "--steps many", "--batch 1", "--size huge", "--tasks key", "
        "--temperature nan", "--lr -1", "--lr nan", "--lr inf", "--eq-weight nan", "--eq-weight -1",
        "--eq-db -1", "--easy 0.9", "--easy -1", "--gap -1", "--gap inf", "--seed -1",
        "--seed 99999999999999999999", "--workers -2", "--warmup 0", "--save-every 0", "--proj-dim 0",
-       "--hide-mel 2", "--data missing", "--data empty", "--out file", "--out file/run", "--init missing",
-       "--colour red"]
+       "--hide-mel 2", "--data missing", "--data empty", "--out file", "--out file/run", "--out nowhere",
+       "--init missing", "--colour red"]
 
 
 def run_main(patch, capsys, *flags):
@@ -1976,11 +2003,13 @@ def test_a_bad_flag_gets_one_line_that_names_it(flags, monkeypatch, capsys, tmp_
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("file").write_text("precious")
+    Path("nowhere").symlink_to("unmounted")
     code, lines = run_main(monkeypatch, capsys, *FLAGS, *flags.split())
     flag, value = re.split("[ =]", flags)[:2]
     assert code != 0 and len(lines) == 1, lines
     assert flag in lines[0] or flag in ("--data", "--init") and value in lines[0]
-    assert Path("file").read_text() == "precious" and {p.name for p in Path().iterdir()} == {"empty", "file"}
+    assert Path("file").read_text() == "precious"
+    assert {p.name for p in Path().iterdir()} == {"empty", "file", "nowhere"}
 
 
 def shared_memory_full():
@@ -2347,7 +2376,7 @@ def test_without_an_event_in_validation_the_surest_peak_alone_is_an_event():
 def test_a_sound_file_that_was_cut_short_is_named(tmp_path):
     soundfile.write(tmp_path / "cut.flac", noise(64000).numpy() / 9, 16000)
     (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:40000])
-    with pytest.raises(ValueError, match="cut.flac: not a sound file, or broken"):
+    with pytest.raises(ValueError, match="cut.flac: not a sound file, broken or"):
         probe.cut(tmp_path / "cut.flac")
 
 
@@ -2807,6 +2836,19 @@ def test_two_probes_may_write_to_one_file_at_once(tmp_path, monkeypatch):
         file.write(b"mine")
     probe.write(tmp_path / "a.json", save)
     assert files_of(tmp_path) == {"a.json": b"mine"}
+
+
+def test_a_save_that_no_longer_fits_says_why_and_leaves_the_one_before(tmp_path):
+    resource = pytest.importorskip("resource")
+    mt2.save(tmp_path / "a.pt", {"x": 1})
+    before, limits = files_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as a disk that fills while it writes
+        with pytest.raises(OSError, match=r"a\.pt: cannot save \(.*File too large"):
+            mt2.save(tmp_path / "a.pt", {"x": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_of(tmp_path) == before
 
 
 def test_what_cannot_be_written_is_named_and_leaves_no_half_file(tmp_path):
