@@ -839,6 +839,10 @@ def brief(error):
     """The start of an error's message, on one line."""
     return " ".join(str(error).split())[:80] or type(error).__name__
 
+def printable(name):
+    """A file's name, which need not be valid text, as text."""
+    return str(name).encode(errors="backslashreplace").decode()
+
 class AudioFolder(Dataset):
     """Two random segments [2, samples] of each track (file) below `root`: wav, flac, ogg, mp3, any rate.
 
@@ -854,7 +858,7 @@ class AudioFolder(Dataset):
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give a folder of wav, flac, ogg or mp3 files")
         self.files, seen = [], set()
-        closed = lambda error: self.skipped.update({str(error.filename): brief(error)})  # no permission
+        closed = lambda error: self.skipped.update({printable(error.filename): brief(error)})
         for folder, below, names in os.walk(root, onerror=closed, followlinks=True):
             if (real := os.path.realpath(folder)) in seen:  # links in a circle
                 below.clear()
@@ -876,10 +880,9 @@ class AudioFolder(Dataset):
             try:
                 return self.read(self.files[index], a, b)
             except Exception as error:  # a broken file may raise anything; it is named and counted
-                name = self.files[index].encode(errors="backslashreplace").decode()  # may not be valid text
-                self.skipped[name] = brief(error)
+                self.skipped[printable(self.files[index])] = brief(error)
             index = int(torch.randint(len(self.files), (), generator=generator))
-        file, why = next(iter(self.skipped.items()))
+        file, why = list(self.skipped.items())[-1]  # the first may be a closed folder
         raise RuntimeError(f"{self.root}: none of {len(self.files)} files can be used; {file}: {why}")
 
     __getitem__ = pair  # torch's own random state then decides where in the track
@@ -1093,17 +1096,17 @@ def losses(model, batch, g, encode=None):
 
 def save(path, content):
     """torch.save that leaves the old file or the new one, whenever the process or the machine dies."""
-    temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
+    temporary = path.with_suffix(".tmp")
     try:
-        torch.save(content, buffer)  # of a file that cannot be written torch does not say why
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way, before the name changes hands
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot save ({brief(error)}); the save before it is untouched") from None
+        why = brief(error.__context__ or error)  # torch's own message hides the disk's
+        raise OSError(f"{path}: cannot save ({why}); the save before it is untouched") from None
 
 def read_checkpoint(path, *needed):
     """-> content and its model. Plain data and tensors only (weights_only): nothing in a file can run."""

@@ -143,7 +143,10 @@ def of_package(spec, device, download=False, trust=False):
         else:
             layers = getattr(importlib.import_module(kind), where)
             rate = getattr(layers, "rate", SAMPLE_RATE)
-            layers = layers.to(device).eval() if isinstance(layers, torch.nn.Module) else layers
+            if isinstance(layers, torch.nn.Module):
+                layers.to(device)
+                with suppress(NotImplementedError):  # an exported program has no modes
+                    layers.eval()
 
     def read(wave):
         with one_line():
@@ -212,7 +215,8 @@ def probe(x, y, held_x, held_y, multi, mix=False):
     -> predict (features [G, M, D] -> logits [G, M, C]), held-out losses [G], None.
     mix: one probe of a learned mixture -> predict (-> [1, M, C]), loss [1], shares of the G layers [G]."""
     mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # [G, 1, D]
-    std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # a feature constant but for rounding: 0
+    # a feature that is constant but for rounding, of itself or beside the widest of its layer, becomes 0
+    std = torch.where(std > (1e-6 * mean.abs()).maximum(1e-7 * std.amax(2, keepdim=True)), std, torch.inf)
     scaled = lambda x: (x - mean) / std
     if mix:
         share, w, b = fit_mixture(scaled(x), y, multi)
@@ -448,6 +452,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
         need(columns.count(name) == 1, f"{path}: must have one column '{name}'; has: {', '.join(columns)}")
     surplus = any(any(row.get(None, ())) for row in rows)  # cells beyond the header's, but for empty ones
     need(not surplus, f"{path}: a row has more cells than the header; quote commas")
+    need(columns.count("split") < 2, f"{path}: must have at most one column 'split'")
     rows = [row for row in rows if any(row[task].strip() for task in tasks)]  # with at least one label
     files = [folder / row["path"] for row in rows]
     lost = [str(file) for file in files if not os.path.isfile(file)]
@@ -496,8 +501,9 @@ def collect(systems, batches, device):
                 if frames or x.ndim == 3:
                     need(x.isfinite().all(), f"{name}, {readout}: NaN or infinity")
                     if x.ndim == 4:  # frames are many: in half precision, unless that spoils a feature
-                        near = (x.half() - x).abs() <= 0.1 * x.std((1, 2), keepdim=True)
-                        x = x.half() if near.all() else x
+                        half = x.half()  # compared layer by layer: the whole would take much memory
+                        near = (((h - v).abs() <= 0.1 * v.std((0, 1))).all() for h, v in zip(half, x))
+                        x = half if all(near) else x
                     found[name, seeds][readout].append(x.cpu())
     need(windows, "no sound could be read")
     found = {name: {r: torch.cat(x, 1) for r, x in features.items()} for name, features in found.items()}
@@ -518,7 +524,7 @@ def evaluate(x, task, part, device, mix=False):
         need(len(rows) >= least, f"column '{task.name}': too little labelled sound; label more files")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:MAX_ROWS // (4 if mix else 1)]]
-        data += [flat[:, rows].to(device).float(), y[rows].to(device)]  # frames: stored as halves
+        data += [flat[:, rows].to(device).float(), y[rows].to(device)]  # frames may be halves
     predict, loss, weights = probe(*data, task.multi, mix)
     # [G, rows, C], in parts: frames of all layers at once would fill the memory
     logits = torch.cat([predict(v.to(device).float()).cpu() for v in flat.split(2 ** 14, dim=1)], dim=1)
@@ -760,8 +766,8 @@ def command_table(args, device):
     models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
     others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
               for spec in args.encoder}
-    homes = (run if Path(run).is_dir() else os.path.dirname(run) for run in args.run)
-    home = next(homes, "runs/probe")
+    homes = [*filter(os.path.isdir, args.run), *(os.path.dirname(run) or "." for run in args.run)]
+    home = [*homes, "runs/probe"][0]
     # a manifest's results do not replace those on generated music
     args.out = args.out or (os.path.join(home, Path(args.data).stem) if args.data else home)
     measure(models, others, args, device)
@@ -807,7 +813,7 @@ def command_key(args, device):
         sheet.writerow(("file", "major", "minor", "confidence"))
     for waves, owner, _, _ in read_files(progress(files, "files")):
         i = int(owner[0])
-        found, file = found + 1, str(files[i]).encode(errors="backslashreplace").decode()  # may be no text
+        found, file = found + 1, mt2.printable(files[i])
         level = waves.abs().amax(1)
         waves = waves[level >= 1e-4 * level.max()]  # windows 80 dB below the loudest are silent: no say
         y = mt2.key_profile(model, waves.to(device), crops)  # [crops, windows, 12]

@@ -946,6 +946,10 @@ def test_folders_that_may_not_be_read_are_named(songs, tmp_path, monkeypatch):
     assert len(folder) == 1 and name == str(tmp_path / "closed") and "Permission denied" in why
     with pytest.raises(FileNotFoundError, match="closed: no file here ends in .wav.*Permission denied"):
         AudioFolder(tmp_path / "closed")
+    (tmp_path / "0.wav").write_text("words")
+    with pytest.raises(RuntimeError, match="none of 1 files can be used; .*0.wav: not a sound"):
+        AudioFolder(tmp_path).pair(0)  # not because of the folder
+    assert mt2.printable("caf\udce9") == r"caf\udce9"
 
 
 def test_silent_passages_lost_files_and_links_in_circles_do_no_harm(tmp_path):
@@ -2154,7 +2158,8 @@ def test_features_are_standardised_by_the_training_rows(monkeypatch):
 def test_scale_and_offset_of_features_change_nothing_and_constant_ones_are_not_used():
     x, y = noise(1, 60, 4), F.one_hot(torch.arange(60) % 2).float()
     said = [probe.probe(given, y, given, y, False)[0](given)
-            for given in (x, 1e-9 * x, 1e4 * (x + 1), torch.cat([x, 99 + 1e-5 * noise(1, 60, 2, seed=1)], 2))]
+            for given in (x, 1e-9 * x, 1e4 * (x + 1), torch.cat([x, 99 + 1e-5 * noise(1, 60, 2, seed=1)], 2),
+                          torch.cat([x, 1e-8 * noise(1, 60, 2, seed=1)], 2))]
     for other in said[1:]:
         assert_close(other, said[0], rtol=1e-2, atol=1e-3)
 
@@ -2670,6 +2675,12 @@ def test_an_encoder_may_yield_its_layers_and_a_module_is_frozen(monkeypatch):
     wave = noise(2, 64000)
     assert probe.of_package("odd:each", "cpu")(wave)["seq"].shape == (3, 2, 126, 500)
     assert torch.equal(probe.of_package("odd:module", "cpu")(wave)["seq_avg"][0], cut(wave).mean(1))
+
+    def exported():  # as a program of torch.export says
+        raise NotImplementedError
+    module.eval()
+    module.eval = exported
+    assert torch.equal(probe.of_package("odd:module", "cpu")(wave)["seq_avg"][0], cut(wave).mean(1))
     with pytest.raises(ValueError, match="or there is none"):
         probe.of_package("odd:none", "cpu")
 
@@ -2865,6 +2876,9 @@ def test_a_split_is_respected_however_its_header_is_written(header, small_run):
     (small_run / "odd.csv").write_text("\n".join([header, *rows]))
     parts = probe.manifest(small_run / "odd.csv", ["key"])[2]["key"]
     assert [part.tolist() for part in parts] == [[1, 3], [2], [0]]
+    (small_run / "odd.csv").write_text("\n".join([f"{header},split", *rows]))
+    with pytest.raises(ValueError, match="at most one column 'split'"):
+        probe.manifest(small_run / "odd.csv", ["key"])
 
 
 def test_a_name_that_no_system_can_open_is_left_out_as_any_other(small_run, capsys):
@@ -2887,11 +2901,13 @@ def test_a_column_that_cannot_be_trained_or_scored_is_named(small_run, capsys):
 
 def test_results_of_a_model_file_lie_beside_it_as_those_of_its_run(small_run, monkeypatch):
     seen = []
+    shutil.copy(small_run / "run" / "model.pt", small_run / "copy.pt")
     monkeypatch.setattr(probe, "measure", lambda models, others, args, device: seen.append(args.out))
     for words in ([small_run / "run"], [small_run / "run" / "model.pt"],
+                  [small_run / "copy.pt", small_run / "run"], [small_run / "copy.pt"],
                   [small_run / "run" / "model.pt", "--data", "x/songs.csv"]):
         probe.main([*map(str, words)])
-    assert [Path(out) for out in seen] == [small_run / "run"] * 2 + [small_run / "run" / "songs"]
+    assert [Path(out) for out in seen] == [small_run / "run"] * 3 + [small_run, small_run / "run" / "songs"]
 
 
 def test_key_asks_for_no_split_that_probes_know(small_run):
