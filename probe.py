@@ -230,7 +230,11 @@ def probe(x, y, held_x, held_y, multi, mix=False):
 
 # ---- Tasks: targets for the probe and a metric for what it says, mir_eval's where it has one
 KINDS = dict(key="key", tempo="tempo", bpm="tempo", chord="chord", chords="chord", beat="beat", beats="beat",
-             onset="onset", onsets="onset", tags="tags")  # any other name: classes, or tags
+             onset="onset", onsets="onset", tags="tags")
+
+def kind_of(name):
+    """What a column holds, by its name in capitals or not; None for any other: classes, or tags."""
+    return KINDS.get(name.lower())
 
 class Task(NamedTuple):
     """What to predict, and how well it was done."""
@@ -267,7 +271,7 @@ def chord_class(label):
 def clip_task(name, truth, owner):
     """Truth: per file a set of one class, KEYS index or BPM, or of tags; or None. owner: files of windows."""
     from mir_eval.key import weighted_score
-    kind, labels = KINDS.get(name), truth
+    kind, labels = kind_of(name), truth
     tags = kind == "tags" or any(len(v) != 1 for v in truth if v is not None)
     classes = range(24) if kind == "key" else sorted(set().union(*filter(None, truth)))  # those that occur
     if kind == "tempo":  # 5 % apart: the nearest lies within 2.5 %
@@ -311,7 +315,8 @@ def peaks(curve):
 def event_task(name, truth, owner, now):
     """Truth: times [n] in s per file. F-measure per file, beats within 70 ms, onsets within 50 ms."""
     import mir_eval
-    f_measure = mir_eval.beat.f_measure if "beat" in name else lambda *a: mir_eval.onset.f_measure(*a)[0]
+    onset_f = lambda *times: mir_eval.onset.f_measure(*times)[0]
+    f_measure = mir_eval.beat.f_measure if kind_of(name) == "beat" else onset_f
     y = torch.full((*now.shape, 1), math.nan)  # 1 where a frame holds an event, else 0; NaN without labels
     for i, file in enumerate(owner.tolist()):
         if truth[file] is not None:
@@ -465,7 +470,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
     need(not (for_probe and wrong), f"{path}: split {wrong[:1]} is not train, valid or test")
     for task in tasks:
         cells = [row[task].strip() for row in rows]
-        kind = KINDS.get(task, "tags")
+        kind = kind_of(task) or "tags"
         try:
             truth[task] = [parse(kind, cell, folder, file) if cell else None
                            for cell, file in zip(cells, files)]
@@ -721,7 +726,7 @@ def measure(models, others, args, device):
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
         files, truth, parts = manifest(args.data, asked, args.seed)
-        frames = any(KINDS.get(name) in FRAME_TASKS for name in asked)  # 0.3 MB a window
+        frames = any(kind_of(name) in FRAME_TASKS for name in asked)  # 0.3 MB a window
         batches, total = read_files(files, frames), len(files)  # nothing is read yet
     else:
         names = "key", "key_signature", "instrument", "tags", "tempo", "chord", "beat", "onset"
@@ -743,7 +748,7 @@ def measure(models, others, args, device):
     found, owner, now, kept = collect(systems, progress(batches, "music", total), device)
     tasks = {}
     for name in asked:
-        make = FRAME_TASKS.get(KINDS.get(name))
+        make = FRAME_TASKS.get(kind_of(name))
         tasks[name] = (make(name, truth[name], owner[kept], now[kept]) if make
                        else clip_task(name, truth[name], owner))
         train, valid, test = parts[name] = [p[torch.isin(p, tasks[name].owner)] for p in parts[name]]

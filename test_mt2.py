@@ -2881,6 +2881,21 @@ def test_a_split_is_respected_however_its_header_is_written(header, small_run):
         probe.manifest(small_run / "odd.csv", ["key"])
 
 
+def test_a_column_may_be_written_in_capitals(small_run, short_probe, capsys):
+    (small_run / "a.beats").write_text("1\n3\n5\n")
+    rows = [f"song{i}.wav,{'CD'[i % 2]} major,a.beats,{'test' if i > 3 else 'train'}" for i in range(6)]
+    (small_run / "caps.csv").write_text("\n".join(["path,Key,BEATS,split", *rows]))
+    flags = "--data", small_run / "caps.csv", "--task", "Key,BEATS", "--out", small_run / "caps"
+    probe_main(capsys, small_run / "run", *flags)
+    rows = json.loads((small_run / "caps" / "results.json").read_text())
+    assert {(row["task"], row["metric"]) for row in rows} == {
+        ("Key", "accuracy"), ("Key", "mirex"), ("BEATS", "f_measure")}
+    now, p, file = 0.032 * torch.arange(126)[None], torch.zeros(1, 126, 1), torch.tensor([0])
+    p[0, 33] = 1  # 56 ms late: good enough for a beat, not for an onset
+    for name, f in (("BEATS", 1), ("Onsets", 0)):
+        assert probe.event_task(name, [np.array([1.0])], file, now).score(p, file, file)["f_measure"] == f
+
+
 def test_a_name_that_no_system_can_open_is_left_out_as_any_other(small_run, capsys):
     said = probe_main(capsys, "key", small_run / "run", "x" * 300, small_run / "song0.wav")
     assert said == "probe: 1 of 2 files were left out: see above"
