@@ -198,7 +198,7 @@ class VQT(nn.Module):
         self.register_buffer("quarter", quarter, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """What `to` and `half` call: a model in half precision keeps these in float32, or bins err by .3."""
+        """Behind `to` and `half`: kernels stay in float32 at least, as half ones err by .3 of the range."""
         keep = lambda x: y if (y := fn(x)).element_size() >= 4 else x.to(y.device)
         return nn.Module._apply(self, keep, recurse)
 
@@ -237,7 +237,7 @@ class VQT(nn.Module):
 
 class FrontEnd(nn.Module):
     """Both spectrograms of a wave in dB, before all that depends on the view (equaliser, scaling, crop)."""
-    _apply = VQT._apply  # at least float32
+    _apply = VQT._apply  # in float32 at least
 
     def __init__(self):
         super().__init__()
@@ -858,8 +858,8 @@ class AudioFolder(Dataset):
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give a folder of wav, flac, ogg or mp3 files")
         self.files, seen = [], set()
-        closed = lambda error: self.skipped.update({printable(error.filename): brief(error)})
-        for folder, below, names in os.walk(root, onerror=closed, followlinks=True):
+        unreadable = lambda error: self.skipped.update({printable(error.filename): brief(error)})
+        for folder, below, names in os.walk(root, onerror=unreadable, followlinks=True):
             if (real := os.path.realpath(folder)) in seen:  # links in a circle
                 below.clear()
                 continue
@@ -882,7 +882,7 @@ class AudioFolder(Dataset):
             except Exception as error:  # a broken file may raise anything; it is named and counted
                 self.skipped[printable(self.files[index])] = brief(error)
             index = int(torch.randint(len(self.files), (), generator=generator))
-        file, why = list(self.skipped.items())[-1]  # the first may be a closed folder
+        file, why = list(self.skipped.items())[-1]  # the first may be a folder
         raise RuntimeError(f"{self.root}: none of {len(self.files)} files can be used; {file}: {why}")
 
     __getitem__ = pair  # torch's own random state then decides where in the track

@@ -215,7 +215,7 @@ def probe(x, y, held_x, held_y, multi, mix=False):
     -> predict (features [G, M, D] -> logits [G, M, C]), held-out losses [G], None.
     mix: one probe of a learned mixture -> predict (-> [1, M, C]), loss [1], shares of the G layers [G]."""
     mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # [G, 1, D]
-    # a feature that is constant but for rounding, of itself or beside the widest of its layer, becomes 0
+    # a feature becomes 0 if its spread is mere rounding, of its own mean or of its layer's widest feature
     std = torch.where(std > (1e-6 * mean.abs()).maximum(1e-7 * std.amax(2, keepdim=True)), std, torch.inf)
     scaled = lambda x: (x - mean) / std
     if mix:
@@ -505,7 +505,7 @@ def collect(systems, batches, device):
             for readout, x in read(waves).items():
                 if frames or x.ndim == 3:
                     need(x.isfinite().all(), f"{name}, {readout}: NaN or infinity")
-                    if x.ndim == 4:  # frames are many: in half precision, unless that spoils a feature
+                    if x.ndim == 4:  # frames are many: halves, if they err by a tenth of a spread at most
                         half = x.half()  # compared layer by layer: the whole would take much memory
                         near = (((h - v).abs() <= 0.1 * v.std((0, 1))).all() for h, v in zip(half, x))
                         x = half if all(near) else x
@@ -758,8 +758,8 @@ def measure(models, others, args, device):
     write(out / "results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
     table(results)
     draw(out / "layers.png", layers_figure(results))
-    scored = {row["task"] for row in results if row["value"] is not None}
-    need(scored == {*asked}, f"column {[*{*asked} - scored][:1]}: no metric can score its test files")
+    unscored = sorted({*asked} - {row["task"] for row in results if row["value"] is not None})
+    need(not unscored, f"column {unscored[:1]}: no metric can score its test files")
     if args.data:
         none_lost(len(owner.unique()), files)
 
@@ -771,8 +771,8 @@ def command_table(args, device):
     models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
     others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
               for spec in args.encoder}
-    homes = [*filter(os.path.isdir, args.run), *(os.path.dirname(run) or "." for run in args.run)]
-    home = [*homes, "runs/probe"][0]
+    # the first run that is a folder, else the folder of the first model.pt
+    home, *_ = *filter(os.path.isdir, args.run), *map(os.path.dirname, args.run), "runs/probe"
     # a manifest's results do not replace those on generated music
     args.out = args.out or (os.path.join(home, Path(args.data).stem) if args.data else home)
     measure(models, others, args, device)

@@ -1706,6 +1706,19 @@ def disk_full(*args):
     raise OSError(28, "No space left on device")
 
 
+def test_a_save_that_no_longer_fits_says_why_and_leaves_the_one_before(tmp_path):
+    resource = pytest.importorskip("resource")
+    mt2.save(tmp_path / "a.pt", {"x": 1})
+    before, limits = files_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as a disk that fills while it writes
+        with pytest.raises(OSError, match=r"a\.pt: cannot save \(.*File too large"):
+            mt2.save(tmp_path / "a.pt", {"x": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_of(tmp_path) == before
+
+
 @pytest.mark.parametrize("what", ["torch.save", "os.replace", "os.fsync"])
 def test_a_full_disk_leaves_the_last_save(what, unbroken, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
@@ -2847,19 +2860,6 @@ def test_two_probes_may_write_to_one_file_at_once(tmp_path, monkeypatch):
         file.write(b"mine")
     probe.write(tmp_path / "a.json", save)
     assert files_of(tmp_path) == {"a.json": b"mine"}
-
-
-def test_a_save_that_no_longer_fits_says_why_and_leaves_the_one_before(tmp_path):
-    resource = pytest.importorskip("resource")
-    mt2.save(tmp_path / "a.pt", {"x": 1})
-    before, limits = files_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as a disk that fills while it writes
-        with pytest.raises(OSError, match=r"a\.pt: cannot save \(.*File too large"):
-            mt2.save(tmp_path / "a.pt", {"x": torch.zeros(10_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert files_of(tmp_path) == before
 
 
 def test_what_cannot_be_written_is_named_and_leaves_no_half_file(tmp_path):
