@@ -1129,13 +1129,6 @@ def read_checkpoint(path, *needed):
         what = f"cut, foreign or not a checkpoint of mt2 ({brief(error)})"
         raise ValueError(f"{path}: {what}; name another folder") from None
 
-def set_aside(path, error):
-    """Rename a file that cannot be used, so that no later save replaces it; raises the ValueError to show."""
-    aside = path.with_name(f"broken-{int(time.time())}-{path.name}")
-    with contextlib.suppress(FileNotFoundError):  # another process was faster
-        os.rename(path, aside)
-    raise ValueError(f"{error}; set aside as {aside.name}") from None
-
 def load(path, device="cpu"):
     """Run folder or model.pt -> model in eval mode. FileNotFoundError and ValueError say what is wrong."""
     path = Path(path)
@@ -1151,15 +1144,12 @@ def resume(config, out):
         free = path.is_dir() or not os.path.lexists(path)
         need(free, f"--out {out}: {path} is a file or a dead link; name a folder")
     if not (out / "state.pt").exists():
-        if found := [*out.glob("broken-*"), *out.glob("model.pt")]:
-            raise ValueError(f"--out {out}: holds {found[0].name} but no state.pt; name another folder")
+        alone = (out / "model.pt").exists()
+        need(not alone, f"--out {out}: holds model.pt but no state.pt; name another folder")
         return None
-    try:
-        state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
-        if type(state["step"]) is not int or not 0 < state["step"] <= theirs.config.steps:
-            raise ValueError(f"{out}/state.pt: its step lies outside of its run; name another folder")
-    except ValueError as error:
-        set_aside(out / "state.pt", error)
+    state, theirs = read_checkpoint(out / "state.pt", "optimizer", "step")
+    possible = type(state["step"]) is int and 0 < state["step"] <= theirs.config.steps
+    need(possible, f"{out}/state.pt: its step lies outside of its run; name another folder")
     for name, mine in vars(config).items():
         other = getattr(theirs.config, name)
         if name in ("data", "init"):
@@ -1307,11 +1297,9 @@ def run(config, signals):
                 good = all(m.shape == p.shape and m.isfinite().all() for m in moments)
                 if not (good and 0 < count.item() <= done):  # AdamW would write beyond a short one's end
                     raise ValueError("moments of other weights")
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # the file is not to blame
-            raise
         except Exception as error:
-            what = f"{out}/state.pt: does not fit its own config ({brief(error)}); name another folder"
-            set_aside(out / "state.pt", what)
+            what = f"does not fit its own config ({brief(error)}); name another folder"
+            raise ValueError(f"{out}/state.pt: {what}") from None
 
     # music: chunks of `fresh` tracks go round a ring, the pool. In step s it holds the last `slots` of chunks
     # 0 to s + ahead - 1; a resumed run makes these again, from the oldest on

@@ -1591,13 +1591,8 @@ def test_a_foreign_checkpoint_is_refused_by_name_kept_and_nothing_in_it_runs(kin
         with pytest.raises(ValueError, match=re.escape(str(run / name))) as error:
             use()
         assert "\n" not in str(error.value) and not trap.exists()
-        if name == "state.pt":  # set aside, and no later call trains over it
-            aside, = files_of(run)
-            assert aside.startswith("broken-") and str(error.value).endswith(f"set aside as {aside}")
-            with pytest.raises(ValueError, match=aside):
-                train(tiny(run))
-            name = aside
-        assert files_of(run)[name] == data
+        assert files_of(run) == {name: data}  # no call trains over it
+        (run / name).unlink()
 
 
 @pytest.mark.parametrize("spoil", [
@@ -1607,12 +1602,12 @@ def test_a_foreign_checkpoint_is_refused_by_name_kept_and_nothing_in_it_runs(kin
     lambda s: s["optimizer"]["state"][0]["exp_avg_sq"].fill_(math.nan),
     lambda s: s["optimizer"]["state"][0].update(step=torch.tensor(-1.0)),
     lambda s: s["model"]["cls"].fill_(math.inf)])
-def test_a_state_with_content_that_cannot_be_is_set_aside(spoil, tmp_path):
+def test_a_state_with_content_that_cannot_be_is_refused(spoil, tmp_path):
     interrupted(tiny(tmp_path), 4)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     spoil(state)
     torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="state.pt: .*set aside as broken-"):
+    with pytest.raises(ValueError, match="state.pt: .*; name another folder"):
         train(tiny(tmp_path))
 
 
@@ -1644,32 +1639,6 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(unbroken, tmp_path)
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="model.pt: .*not finite"):
         load(tmp_path)
-
-
-def test_a_sound_state_is_not_set_aside_when_the_disk_fails(unbroken, tmp_path, monkeypatch):
-    interrupted(tiny(tmp_path), 4)
-    before = files_of(tmp_path)
-
-    def fail(path):
-        raise OSError(24, "Too many open files")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many"):
-        patch.setattr(Path, "read_bytes", fail)
-        train(tiny(tmp_path))
-    assert files_of(tmp_path) == before
-    assert_equal_runs(train(tiny(tmp_path)), unbroken)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
-def test_a_sound_state_is_not_set_aside_when_the_device_fails(error, unbroken, tmp_path, monkeypatch):
-    interrupted(tiny(tmp_path), 4)
-    before = files_of(tmp_path)
-
-    def fail(*_):
-        raise error("full, or lost")
-    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", fail)
-    with pytest.raises(error):
-        train(tiny(tmp_path))
-    assert files_of(tmp_path) == before
 
 
 def test_broken_copies_of_a_model_load_or_are_refused_in_one_line(unbroken, tmp_path):
