@@ -22,11 +22,9 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import io
 import math
 import os
 import random
-import signal
 import sys
 import time
 import zipfile
@@ -68,7 +66,7 @@ def knob(default, text, *limits):
 
 @dataclasses.dataclass
 class Config:
-    """The hyper-parameters of a run (AdamW's own: in `run`). None: set by `size`. ValueError for bad ones."""
+    """The hyper-parameters of a run (AdamW's: in `train`). None: set by `size`. ValueError for bad ones."""
     data: str = knob("", "folder of music; empty: music made on the fly by SyntheticMusic")
     out: str = knob("runs/demo", "run folder: model.pt, state.pt, log.csv, monitor.csv")
     init: str = knob("", "run folder or model.pt whose weights to start from")
@@ -1110,17 +1108,16 @@ def save(path, content):
 
 def read_checkpoint(path, *needed):
     """-> content and its model. Plain data and tensors only (weights_only): nothing in a file can run."""
-    data = Path(path).read_bytes()  # if the disk fails, the file is not to blame
     try:
         # torch does not read the checksums
-        need(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, "its checksums are wrong")
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        need(zipfile.ZipFile(path).testzip() is None, "its checksums are wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "config", *needed} - content.keys()
         need(not missing, f"lacks {', '.join(sorted(missing))}")
         config = Config(**content["config"])
         # bytes of its blocks, were they in half precision; built, they could fill the memory
         least = 24 * config.depth * config.dim ** 2 if config.encoder == "vit" else 0
-        need(len(data) > least, "its config asks for more weights than it holds")
+        need(os.path.getsize(path) > least, "its config asks for more weights than it holds")
         model = build(config)
         model.load_state_dict(content["model"])
         need(all(x.isfinite().all() for x in model.state_dict().values()), "weights are not finite")
@@ -1201,12 +1198,6 @@ def keep_memory():
         mallopt(-4, 0)            # M_MMAP_MAX: take no memory from outside the heap
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give none of it back
 
-def outlive_signals(worker, seconds=20):
-    """Ctrl-C and a cluster's scheduler reach workers as well: they go on, so that the loop can save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # not for ever: a program that ends while it keeps the loop waits for them
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(seconds))
-
 def music_stream(c, rank, device, first, end):
     """-> the run's Stream, and an iterator over its chunks from `first` to before `end`, made by workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1222,33 +1213,14 @@ def music_stream(c, rank, device, first, end):
     if device.type == "cpu":
         keep_memory()
     stream = Stream(c, rank)
-    return stream, iter(DataLoader(stream, batch_size=None, sampler=range(first, end), num_workers=workers,
-                                   worker_init_fn=outlive_signals))
+    return stream, iter(DataLoader(stream, batch_size=None, sampler=range(first, end), num_workers=workers))
 
 def train(config):
     """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.
 
-    SIGINT and SIGTERM save and raise SystemExit, a second one of its kind kills (not below torchrun, which
-    may send what a scheduler has sent before); ValueError, OSError, RuntimeError, FloatingPointError say in
-    one line what is wrong. Sets torch's seed and number of threads and, on CPU, how malloc works. A script
-    that calls it needs `if __name__ == "__main__":` where workers import it anew (macOS, Windows)."""
-    signals = []
-
-    def hear(number, frame):  # noted; the step ends first
-        signals.append(number)
-        if "RANK" not in os.environ:
-            signal.signal(number, signal.SIG_DFL)
-    before = {}
-    with contextlib.suppress(ValueError):  # outside of the main thread no signal is heard
-        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return run(config, signals)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-def run(config, signals):
-    """The loop behind `train`; `signals` fills with those that ask it to stop."""
+    ValueError, OSError, RuntimeError, FloatingPointError say in one line what is wrong. Sets torch's seed and
+    number of threads and, on CPU, how malloc works. A script that calls it needs `if __name__ == "__main__":`
+    where workers import it anew (macOS, Windows)."""
     # device, processes, run folder
     c, device, out = config, pick_device(config.device), Path(config.out)
     if device.type == "cuda":
@@ -1352,12 +1324,11 @@ def run(config, signals):
         # the update, unless its gradient is not finite
         optimizer.zero_grad()
         weighted(terms).backward()
-        stop = torch.full((), float(len(signals)), device=device)
-        if world_size() > 1:  # a stop must reach all processes after the same step
-            average([*(p.grad for p in model.parameters()), stop])  # no gradient is None: all are used
+        if world_size() > 1:
+            average([p.grad for p in model.parameters()])  # no gradient is None: all are used
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         # the one moment at which the loop waits for the device
-        *values, norm, stop = torch.stack([*terms.values(), norm, stop]).tolist()
+        *values, norm = torch.stack([*terms.values(), norm]).tolist()
         values = dict(zip(terms, values))
         bad = 0 if math.isfinite(norm) else bad + 1
         if not bad:
@@ -1389,18 +1360,10 @@ def run(config, signals):
                 m = monitor(model, waves.to(device), labels.get("key_signature"))
                 watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")
                 say(f"step {step + 1}, {sound} music: {verdict(m)}")
-            if (due or stop) and not bad:
+            if due and not bad:
                 content = {"config": dataclasses.asdict(c), "model": model.state_dict()}
                 save(out / "state.pt", content | {"optimizer": optimizer.state_dict(), "step": step + 1})
                 save(out / "model.pt", content)
-        if stop and step + 1 < c.steps:
-            bar.close()
-            if world_size() > 1:
-                dist.barrier()  # nobody leaves before the save is done: torchrun would end the others
-            if rank == 0:
-                saved = "the last save stands" if bad else f"saved after step {step + 1}"
-                print(f"{out}: stopped, {saved}; the same command goes on from there")
-            raise SystemExit(128 + (signals or [signal.SIGTERM])[0])  # a shell's status for death by signal
     bar.close()
     return out
 
@@ -1430,6 +1393,8 @@ def main():
             sys.stdout.flush()
             os._exit(1)
         sys.exit(message)
+    except KeyboardInterrupt:
+        sys.exit("mt2: stopped; the same command goes on from the last save")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
