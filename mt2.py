@@ -1013,6 +1013,7 @@ def monitor(model, waves, truth=None):
     result = dict(agree=(a[2] * b.conj()).real.mean(), equivariance=a.mean(0).abs().mean(),
                   fork=fork.mean().abs(), follows_offset=a.mean().abs())
     if truth is not None:
+        truth = truth.cpu()  # as profiles are
         count = torch.bincount(truth, minlength=12)
         weight = 1 / (count[truth] * (count > 0).sum())  # keys count alike, so that what follows key cancels
         away = (7 * (key_signature(y_a[2] + y_b, calibrate(model, waves.device)) - truth)) % 12  # in fifths
@@ -1269,6 +1270,8 @@ def train(config):
                 good = all(m.shape == p.shape and m.isfinite().all() for m in moments)
                 if not (good and 0 < count.item() <= done):  # AdamW would write beyond a short one's end
                     raise ValueError("moments of other weights")
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # the file is not to blame
+            raise
         except Exception as error:
             what = f"does not fit its own config ({brief(error)}); name another folder"
             raise ValueError(f"{out}/state.pt: {what}") from None

@@ -1601,6 +1601,17 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(unbroken, tmp_path)
         load(tmp_path)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_sound_state_is_not_blamed_when_the_device_fails(error, unbroken, tmp_path, monkeypatch):
+    interrupted(tiny(tmp_path), 4)
+
+    def fail(*_):
+        raise error("full, or lost")
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", fail)
+    with pytest.raises(error):
+        train(tiny(tmp_path))
+
+
 def test_broken_copies_of_a_model_load_or_are_refused_in_one_line(unbroken, tmp_path):
     for data in broken_copies((unbroken / "model.pt").read_bytes(), 80, seed=3):
         (tmp_path / "model.pt").write_bytes(data)
