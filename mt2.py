@@ -25,6 +25,7 @@ import dataclasses
 import math
 import os
 import random
+import signal
 import sys
 import time
 import zipfile
@@ -1104,8 +1105,10 @@ def save(path, content):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        why = brief(error.__context__ or error)  # torch's own message hides the disk's
-        raise OSError(f"{path}: cannot save ({why}); the save before it is untouched") from None
+        cause = error.__context__ or error  # torch's own error hides the disk's, and Ctrl-C
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+        raise OSError(f"{path}: cannot save ({brief(cause)}); the save before it is untouched") from None
 
 def read_checkpoint(path, *needed):
     """-> content and its model. Plain data and tensors only (weights_only): nothing in a file can run."""
@@ -1292,10 +1295,9 @@ def train(config):
         chance = {"con": f"nt_xent {math.log(clips - 1):.2f} ({clips - 2} negatives)", "eq": "cpsd 3.00"}
         print(f"{c.encoder} {'+'.join(c.tasks)} on {'+'.join(c.inputs)}: {size:,} parameters, "
               f"{world_size()} x {device}, {clips * SECONDS:.0f} s of sound a step\n"
-              f"at chance {', '.join(chance[t] for t in c.tasks)}; {out}: steps {done} to {c.steps}",
-              flush=True)
+              f"at chance {', '.join(chance[t] for t in c.tasks)}; {out}: steps {done} to {c.steps}")
         if c.compile:
-            print("the first step compiles the encoder, which takes a minute or two", flush=True)
+            print("the first step compiles the encoder, which takes a minute or two")
         watched = {"generated": SyntheticMusic(999).batch(128, 0)} if "eq" in c.tasks else {}
         if c.data:  # 64 of its tracks, without labels, the same at every save; if none can be used, stop now
             g, folder = torch.Generator().manual_seed(0), stream.folder
@@ -1397,12 +1399,14 @@ def main():
             os._exit(1)
         sys.exit(message)
     except KeyboardInterrupt:
-        sys.exit("mt2: stopped; the same command goes on from the last save")
+        print("\nmt2: stopped; the same command goes on from the last save", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # dies by it, so that a shell's loop over seeds stops as well
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # names of files may hold what a screen cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a killed run's lines stay
     main()
