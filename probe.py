@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -144,9 +145,7 @@ def of_package(spec, device, download=False, trust=False):
             layers = getattr(importlib.import_module(kind), where)
             rate = getattr(layers, "rate", SAMPLE_RATE)
             if isinstance(layers, torch.nn.Module):
-                layers.to(device)
-                with suppress(NotImplementedError):  # an exported program has no modes
-                    layers.eval()
+                layers.to(device).eval()
 
     def read(wave):
         with one_line():
@@ -229,12 +228,9 @@ def probe(x, y, held_x, held_y, multi, mix=False):
     return lambda x: scaled(x) @ w[:, :-1] + w[:, -1:], loss, None
 
 # ---- Tasks: targets for the probe and a metric for what it says, mir_eval's where it has one
+# what a column holds, by its name; any other holds classes, or tags
 KINDS = dict(key="key", tempo="tempo", bpm="tempo", chord="chord", chords="chord", beat="beat", beats="beat",
              onset="onset", onsets="onset", tags="tags")
-
-def kind_of(name):
-    """What a column holds, by its name in capitals or not; None for any other: classes, or tags."""
-    return KINDS.get(name.lower())
 
 class Task(NamedTuple):
     """What to predict, and how well it was done."""
@@ -271,7 +267,7 @@ def chord_class(label):
 def clip_task(name, truth, owner):
     """Truth: per file a set of one class, KEYS index or BPM, or of tags; or None. owner: files of windows."""
     from mir_eval.key import weighted_score
-    kind, labels = kind_of(name), truth
+    kind, labels = KINDS.get(name), truth
     tags = kind == "tags" or any(len(v) != 1 for v in truth if v is not None)
     classes = range(24) if kind == "key" else sorted(set().union(*filter(None, truth)))  # those that occur
     if kind == "tempo":  # 5 % apart: the nearest lies within 2.5 %
@@ -314,9 +310,8 @@ def peaks(curve):
 
 def event_task(name, truth, owner, now):
     """Truth: times [n] in s per file. F-measure per file, beats within 70 ms, onsets within 50 ms."""
-    import mir_eval
-    onset_f = lambda *times: mir_eval.onset.f_measure(*times)[0]
-    f_measure = mir_eval.beat.f_measure if kind_of(name) == "beat" else onset_f
+    from mir_eval.onset import f_measure
+    window = 0.07 if KINDS.get(name) == "beat" else 0.05  # s; but for it mir_eval.beat.f_measure is the same
     y = torch.full((*now.shape, 1), math.nan)  # 1 where a frame holds an event, else 0; NaN without labels
     for i, file in enumerate(owner.tolist()):
         if truth[file] is not None:
@@ -335,7 +330,7 @@ def event_task(name, truth, owner, now):
             true = truth[file][truth[file] < now[mine].max().item()]  # of a long file only the start is read
             if len(true):  # F is not defined where nothing happens
                 guess = now[mine, :-1][said[mine]].numpy()
-                values.append(f_measure(true, guess) if len(guess) else 0)  # without any mir_eval would warn
+                values.append(f_measure(true, guess, window)[0] if len(guess) else 0)  # of none it would warn
         return {"f_measure": np.mean(values or math.nan)}
     return Task(name, y, owner, score, multi=True)
 
@@ -433,9 +428,9 @@ def parse(kind, text, folder, sound):
         need(None not in index, f"'{text}' is no key like C major or F# minor")
         return {sum(index)}
     if kind == "tempo":
-        good = text.replace(".", "", 1).isdecimal() and 10 <= float(text) <= 1000
-        need(good, f"'{text}' is not 10 to 1000 beats per minute")
-        return {float(text)}
+        bpm = float(text)  # ValueError if it is none
+        need(10 <= bpm <= 1000, f"'{text}' is not 10 to 1000 beats per minute")
+        return {bpm}
     if kind in FRAME_TASKS:
         return read_labels(folder / text, kind, sound)
     return {tag.strip() for tag in text.split("|") if tag.strip()}  # a class is a single tag
@@ -446,9 +441,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="", strict=True)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            columns = ["split" if name.lower() == "split" else name for name in columns]  # Split, too
-            reader.fieldnames = columns
+            columns = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"--data {path}: {error}; give a CSV text file, see README.md") from None
@@ -470,7 +463,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
     need(not (for_probe and wrong), f"{path}: split {wrong[:1]} is not train, valid or test")
     for task in tasks:
         cells = [row[task].strip() for row in rows]
-        kind = kind_of(task) or "tags"
+        kind = KINDS.get(task) or "tags"
         try:
             truth[task] = [parse(kind, cell, folder, file) if cell else None
                            for cell, file in zip(cells, files)]
@@ -601,16 +594,13 @@ def table(results):
 COLOURS = dict(zip((*READOUTS, "seq"), ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")))
 REFERENCES = ("untrained", "log-mel", "chroma", "flux")  # and names that end in " attention"
 
-def ready(path):
-    """ValueError, before the work, if a file cannot be written; `write` makes the folders that lack."""
-    nearest = next(filter(os.path.lexists, Path(path).absolute().parents))  # that exists
-    free = not os.path.exists(path) or os.path.isfile(path) and os.access(path, os.W_OK)
-    good = nearest.is_dir() and os.access(nearest, os.W_OK) and free
-    need(good, f"--out: {path} cannot be written; name another place")
+def ready(folder):
+    """Make a folder for results, before the work; OSError if nothing can be written there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 def write(path, save):
     """Whatever save(open file) writes -> file, whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"  # its own: two probes may write to one place
     try:
         with open(temporary, "wb") as file:
@@ -722,11 +712,11 @@ SEEDS = (0, 1, 2)  # each draws the files a probe trains on
 def measure(models, others, args, device):
     """Probe models, an iterable of (name, seeds, model) that may train as it goes, and other systems, beside
     references; print and write results."""
-    out, asked = Path(args.out), [t.strip() for t in args.task.split(",")] if args.task else []
+    out, asked = Path(args.out), [t.strip() for t in args.task.lower().split(",")] if args.task else []
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
         files, truth, parts = manifest(args.data, asked, args.seed)
-        frames = any(kind_of(name) in FRAME_TASKS for name in asked)  # 0.3 MB a window
+        frames = any(KINDS.get(name) in FRAME_TASKS for name in asked)  # 0.3 MB a window
         batches, total = read_files(files, frames), len(files)  # nothing is read yet
     else:
         names = "key", "key_signature", "instrument", "tags", "tempo", "chord", "beat", "onset"
@@ -735,7 +725,7 @@ def measure(models, others, args, device):
         parts = dict.fromkeys(names, torch.arange(sum(COUNTS)).split(COUNTS))
         truth = defaultdict(list)  # fills as the music is made
         batches, total = generated(truth), sum(COUNTS) // CHUNK
-    ready(out / "results.json")
+    ready(out)
     if models := list(models):
         torch.manual_seed(0)  # the untrained twin of the last model
         models = [*models, ("untrained", SEEDS, mt2.build(models[-1][2].config).to(device).eval())]
@@ -748,7 +738,7 @@ def measure(models, others, args, device):
     found, owner, now, kept = collect(systems, progress(batches, "music", total), device)
     tasks = {}
     for name in asked:
-        make = FRAME_TASKS.get(kind_of(name))
+        make = FRAME_TASKS.get(KINDS.get(name))
         tasks[name] = (make(name, truth[name], owner[kept], now[kept]) if make
                        else clip_task(name, truth[name], owner))
         train, valid, test = parts[name] = [p[torch.isin(p, tasks[name].owner)] for p in parts[name]]
@@ -771,10 +761,10 @@ def command_table(args, device):
     models = [(run, SEEDS, mt2.load(run, device)) for run in args.run]
     others = {(spec, SEEDS): of_package(spec, device, args.download, args.trust_remote_code)
               for spec in args.encoder}
-    # the first run that is a folder, else the folder of the first model.pt
-    home, *_ = *filter(os.path.isdir, args.run), *map(os.path.dirname, args.run), "runs/probe"
+    home = Path(args.run[0]) if args.run else Path("runs/probe")
+    home = home.parent if home.is_file() else home  # of a model.pt its folder
     # a manifest's results do not replace those on generated music
-    args.out = args.out or (os.path.join(home, Path(args.data).stem) if args.data else home)
+    args.out = args.out or (home / Path(args.data).stem if args.data else home)
     measure(models, others, args, device)
 
 def command_ablation(args, device):
@@ -793,11 +783,10 @@ def command_ablation(args, device):
 
 def command_embed(args, device):
     """Every readout [layers, windows, dim] of 4 s windows, and their names and times [windows], as an npz."""
-    out = args.out or "features.npz"
+    out = Path(args.out or "features.npz")
     system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}  # no name, no seeds
-    free = Path(out).suffix == ".npz" or not os.path.lexists(out)
-    need(free, f"--out {out}: there already, and no .npz; a name that was forgotten?")
-    ready(out)
+    need(out.suffix == ".npz", f"--out {out}: must end in .npz, so that no song is replaced by mistake")
+    ready(out.parent)
     files = read_files(progress(args.file, "files"), frames=False)
     found, owner, now, _ = collect(system, files, device)
     names, times = np.array(args.file)[owner.numpy()], now[:, 0]  # of each window its file and start in s
@@ -844,10 +833,10 @@ def command_key(args, device):
 def command_figures(args, device):
     """Of a sound file: ssm.png (its first 32 s), attention.png (4 s) and circle.png (a minute; needs eq)."""
     out = Path(args.out or "pictures")
-    ready(out / "ssm.png")
     model = mt2.load(args.run, device)
     need(model.class_tokens, f"{args.run}: a waveform encoder has no attention to draw")
     waves = cut(args.file)[:15].to(device)
+    ready(out)
     draw(out / "ssm.png", similarity_figure(model, waves[:8]))
     draw(out / "attention.png", attention_figure(model, waves[:1]))
     if "eq" in model.class_tokens:
