@@ -1,4 +1,4 @@
-"""Tests of mt2.py, each named after its claim: python -m pytest -q test_mt2.py (2.8 minutes on 2 cores).
+"""Tests of mt2.py, each named after its claim: python -m pytest -q test_mt2.py (2 minutes on 2 cores).
 
 As a script, python test_mt2.py prints benchmark tables instead: this code against peers that are installed
 (nnAudio, librosa, lightly, pytorch-metric-learning) and against the machine's own matrix product."""
@@ -236,8 +236,9 @@ def test_both_losses_in_bf16_and_under_autocast_are_close_to_float32():
 
 
 def test_under_autocast_the_losses_and_the_front_end_are_those_of_float32():
-    a, b, front = noise(300, 12), noise(300, 12, seed=1), mt2.FrontEnd()
-    parts = (nt_xent, lambda a, b: cpsd(a.softmax(1), b.softmax(1), 3), lambda a, b: front(a.view(1, -1))[0])
+    a, b, front, vqt = noise(300, 12), noise(300, 12, seed=1), mt2.FrontEnd(), VQT()
+    parts = (nt_xent, lambda a, b: cpsd(a.softmax(1), b.softmax(1), 3), lambda a, b: front(a.view(1, -1))[0],
+             lambda a, b: vqt(a.view(1, -1)))
     plain = [f(a, b) for f in parts]
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(f(a, b), x) for f, x in zip(parts, plain))
@@ -263,14 +264,6 @@ def test_mel_is_torchaudios_and_a_full_scale_sine_reads_about_0_db():
                  rtol=0, atol=1e-3)
     mel, vqt = mt2.FrontEnd()(tone([880]))
     assert abs(mel[0, 63].max()) < 3 and abs(vqt[0, 63].max()) < 0.3
-
-
-def test_the_vqt_has_a_gradient_in_silence_and_is_exact_under_autocast():
-    vqt, wave = VQT(), torch.cat([torch.zeros(1, 32000), 0.1 * noise(1, 32000)], 1).requires_grad_()
-    plain = vqt(wave)
-    assert torch.autograd.grad(plain.sum(), wave)[0].isfinite().all()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(vqt(wave), plain)
 
 
 @pytest.mark.parametrize("n_bins", [12, 48, 60, 72])  # their top octaves lie at different rates
@@ -345,13 +338,10 @@ def million(net):
     return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("head_con")) / 1e6
 
 
-def test_the_paper_size_has_5_3_to_5_6_million_parameters():
-    assert 5.3 < million(MT2(Config(size="paper"))) < 5.6
-
-
-def test_published_values_are_the_defaults():
+def test_the_paper_size_has_the_published_values_and_5_3_to_5_6_million_parameters():
     c = Config(size="paper")
     assert (c.dim, c.depth, c.heads, c.batch, c.temperature) == (192, 12, 3, 128, 0.1)
+    assert 5.3 < million(MT2(c)) < 5.6
 
 
 @pytest.mark.parametrize("expansion, millions", [(0, 2.4), (1, 2.1), (4, 2.2)])
@@ -406,13 +396,6 @@ def test_every_valid_model_has_its_shapes(tasks, inputs):
         TUNe(tiny(encoder="tune"))(torch.zeros(1, 64000, dtype=torch.int16))
 
 
-def test_logits_of_a_double_model_are_double_and_of_bf16_tokens_float32():
-    net = model().double()
-    assert torch.autograd.gradcheck(net.logits, noise(2, net.config.dim).double().requires_grad_())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model().logits(noise(2, net.config.dim)).dtype == torch.float32
-
-
 @pytest.mark.parametrize("kind, most", [(torch.float16, 0.01), (torch.bfloat16, 0.1), (torch.float64, 1e-3)])
 def test_a_model_in_another_precision_hears_what_it_heard(kind, most):
     wave = SyntheticMusic(3).batch(2, 0)[0][:, 0]
@@ -421,12 +404,14 @@ def test_a_model_in_another_precision_hears_what_it_heard(kind, most):
     with torch.no_grad():
         found, expected = other(wave), net(wave)
     assert found.tokens.dtype == kind
+    assert other.logits(found.tokens[:, 0]).dtype == torch.promote_types(kind, torch.float32)
     assert_close(found.tokens.float(), expected.tokens, rtol=0, atol=most)
     assert_close(found.y.float(), expected.y, rtol=0, atol=most)
 
 
 def test_waves_as_float64_give_what_float32_gives_and_all_outputs_have_gradients_to_the_wave():
     net, tune, wave = model(), TUNe(tiny(encoder="tune")).eval(), noise(2, 64000)
+    wave[:, 20000:] = 0  # in silence a root has no gradient
     for f in (VQT(), tune, lambda wave: net(wave).tokens):
         assert torch.equal(f(wave.double()), f(wave))
     wave.requires_grad_()
@@ -890,16 +875,9 @@ def test_both_segments_lie_in_the_track_and_within_the_gap(tmp_path):
     soundfile.write(tmp_path / "clock.wav", clock, 8000, subtype="FLOAT")
     folder = AudioFolder(tmp_path, gap=3)
     starts = torch.stack([folder.pair(0, seeded(i))[:, 100] for i in range(60)]).sub(0.05) / 0.9 * 20
+    gaps = starts[:, 1] - starts[:, 0]  # B may begin before or after A
     assert -0.1 < starts.min() < 2 and 14 < starts.max() < 16.1
-    assert 2 < (starts[:, 0] - starts[:, 1]).abs().max() < 3.1
-
-
-def test_b_may_begin_before_or_after_a(tmp_path):
-    clock = np.arange(20 * 8000) / 160000 * 0.9 + 0.05
-    soundfile.write(tmp_path / "clock.wav", clock, 8000, subtype="FLOAT")
-    folder = AudioFolder(tmp_path, gap=3)
-    starts = [(folder.read(folder.files[0], 0.5, b)[:, 100] - 0.05) / 0.9 * 20 for b in (0.0, 1.0)]
-    assert_close(torch.stack(starts), torch.tensor([[8.0, 5], [8, 11]]), rtol=0, atol=0.05)
+    assert -3.1 < gaps.min() < -2 and 2 < gaps.max() < 3.1
 
 
 def test_an_item_follows_the_random_state_of_torch(zoo):
@@ -926,12 +904,6 @@ def test_half_an_mp3_is_read_and_said_to_be_cut(tmp_path, capsys):
     assert re.search(r"x.mp3: read (9|10) of 20 s; cut\?\n", capsys.readouterr().err)
 
 
-def test_a_track_with_one_silent_segment_is_not_used(tmp_path):
-    soundfile.write(tmp_path / "late.wav", np.repeat([0, 0.5], 80000), 16000)
-    with pytest.raises(ValueError, match="silent where it was read"):
-        AudioFolder(tmp_path).read(tmp_path / "late.wav", 0.0, 0.99)
-
-
 def test_folders_that_may_not_be_read_are_named(songs, tmp_path, monkeypatch):
     def scan(path, scandir=os.scandir):
         if str(path).endswith("closed"):
@@ -948,7 +920,6 @@ def test_folders_that_may_not_be_read_are_named(songs, tmp_path, monkeypatch):
     (tmp_path / "0.wav").write_text("words")
     with pytest.raises(RuntimeError, match="none of 1 files can be used; .*0.wav: not a sound"):
         AudioFolder(tmp_path).pair(0)  # not because of the folder
-    assert mt2.printable("caf\udce9") == r"caf\udce9"
 
 
 def test_silent_passages_lost_files_and_links_in_circles_do_no_harm(tmp_path):
@@ -958,6 +929,8 @@ def test_silent_passages_lost_files_and_links_in_circles_do_no_harm(tmp_path):
     (tmp_path / "round").symlink_to(tmp_path)
     folder = AudioFolder(tmp_path)
     assert len(folder) == 2
+    with pytest.raises(ValueError, match="silent where it was read"):  # one silent segment is enough
+        folder.read(folder.files[0], 0.0, 0.99)
     (tmp_path / "lost.wav").unlink()
     assert {folder.pair(i % 2, seeded(i)).shape for i in range(20)} == {(2, 64000)}
 
@@ -972,25 +945,6 @@ def test_ten_thousand_files_are_listed_in_seconds_and_none_is_opened(tmp_path, m
         folder = AudioFolder(tmp_path)
     assert len(folder) == 10_000 and time.perf_counter() - begin < 5
     assert folder.pair(9_999, seeded(0)).shape == (2, 64000) and not folder.skipped
-
-
-def test_a_bad_file_is_replaced_by_any_other_not_by_its_neighbour(tmp_path):
-    (tmp_path / "0.wav").write_text("words")
-    for i in range(1, 6):
-        soundfile.write(tmp_path / f"{i}.wav", torch.full((64000,), i / 10).numpy(), 16000)
-    folder, g = AudioFolder(tmp_path), seeded(0)
-    drawn = torch.stack([folder.pair(0, g)[0, 0] for _ in range(100)]).mul(10).round()
-    assert torch.bincount(drawn.long(), minlength=6)[1:].min() >= 8
-
-
-def test_missing_empty_and_unusable_folders_are_named(tmp_path):
-    for root in (tmp_path / "missing", tmp_path):
-        with pytest.raises(FileNotFoundError, match=re.escape(str(root))):
-            AudioFolder(root)
-    (tmp_path / "text.mp3").write_text("no music")
-    (tmp_path / "empty.wav").write_bytes(b"")
-    with pytest.raises(RuntimeError, match=re.escape(str(tmp_path)) + ": none of .*2 files can be used.*$"):
-        AudioFolder(tmp_path).pair(0, seeded(0))
 
 
 def broken_copies(data, n, seed):
@@ -1174,31 +1128,19 @@ def python(*args, **more):
                             stderr=subprocess.PIPE, **more)
 
 
-def wait_for_log(job, run):
-    """Wait until a job has logged two steps -> its log."""
-    log = run / "log.csv"
-    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
-        time.sleep(0.05)
-    return log
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A run of 8 steps, saved after 3, 6 and 8."""
     return train(tiny(tmp_path_factory.mktemp("runs") / "unbroken"))
 
 
-@pytest.mark.parametrize("tasks, inputs", VALID)
-def test_every_valid_model_trains_and_loads(tasks, inputs, tmp_path):
-    run = train(tiny(tmp_path, tasks=tasks, inputs=inputs, steps=1))
-    log = log_of(run)[0]
-    assert np.isfinite(log[1]) and np.isfinite(log[2:4]).tolist() == ["con" in tasks, "eq" in tasks]
-    assert load(run).class_tokens == tuple(tasks.split(","))
-
-
-def test_tune_trains_and_loads(tmp_path):
-    run = train(tiny(tmp_path, encoder="tune", expansion=0, steps=1, batch=2))
-    assert np.isfinite(log_of(run)[0, 2]) and load(run)(torch.zeros(1, 64000)).shape == (1, 64)
+@pytest.mark.parametrize("more", [*(dict(tasks=tasks, inputs=inputs) for tasks, inputs in VALID),
+                                  dict(encoder="tune", expansion=0, batch=2)])
+def test_every_valid_model_trains_and_loads(more, tmp_path):
+    config = tiny(tmp_path, steps=1, **more)
+    log = log_of(train(config))[0]
+    assert np.isfinite(log[1:4]).tolist() == [True, "con" in config.tasks, "eq" in config.tasks]
+    assert load(tmp_path).config == config
 
 
 def test_the_logs_say_what_happened(unbroken):
@@ -1225,17 +1167,13 @@ def test_adamw_gets_the_published_betas_the_logged_rate_and_decay_on_a_cosine(tm
     np.testing.assert_allclose(seen[1::2], [(0.9, 0.98, lr, 0) for lr in rates], rtol=1e-3)
 
 
-def test_gradients_are_cut_to_a_norm_of_1(tmp_path, monkeypatch):
+def test_cpsd_has_the_weight_of_its_flag_and_gradients_are_cut_to_a_norm_of_1(tmp_path, monkeypatch):
     seen, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *given: seen.extend(
         p.grad.square().sum() for g in self.param_groups for p in g["params"]) or step(self, *given))
-    train(tiny(tmp_path, steps=1, eq_weight=1e4))
+    (_, loss, nt, eq, _), = log_of(train(tiny(tmp_path, steps=1, eq_weight=100)))
+    assert loss == pytest.approx(nt + 100 * eq, rel=1e-4)
     assert sum(seen) == pytest.approx(1, rel=1e-3)
-
-
-def test_the_weight_of_cpsd_is_the_flags(tmp_path):
-    (_, loss, nt, eq, _), = log_of(train(tiny(tmp_path, steps=1, eq_weight=2.5)))
-    assert loss == pytest.approx(nt + 2.5 * eq, rel=1e-4)
 
 
 def test_a_saved_model_loads_as_it_was_and_may_start_another_run(unbroken, tmp_path):
@@ -1260,7 +1198,7 @@ def test_same_seed_same_run_other_seed_other_run_and_a_finished_run_is_left_alon
     assert train(tiny(unbroken)) == unbroken and files_of(unbroken) == before
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 8])
+@pytest.mark.parametrize("step", [3, 5, 8])
 def test_a_run_that_died_goes_on_as_if_unbroken(step, unbroken, tmp_path):
     interrupted(tiny(tmp_path), step)
     assert_equal_runs(train(tiny(tmp_path)), unbroken)
@@ -1300,7 +1238,7 @@ def songs(tmp_path_factory):
     return root
 
 
-def test_seeds_and_ranks_draw_other_segments_of_a_folder_and_other_views(songs):
+def test_seeds_and_ranks_draw_other_music_other_segments_of_a_folder_and_other_views(songs):
     configs = [tiny(data=str(songs), easy=0, seed=seed) for seed in (0, 0, 1)]
     streams = [mt2.Stream(config, rank) for config, rank in zip(configs, (0, 1, 0))]
     draws = [stream.generator(7).get_state() for stream in streams]
@@ -1308,6 +1246,8 @@ def test_seeds_and_ranks_draw_other_segments_of_a_folder_and_other_views(songs):
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert not torch.equal(draws[i], draws[j]) and not torch.equal(chunks[i], chunks[j])
     assert torch.equal(mt2.Stream(configs[1], 1)[7][0][0], chunks[1])
+    assert len({stream.music.seed for stream in streams}) == 3
+    assert not torch.equal(streams[0].generator(8).get_state(), draws[1])
 
 
 def test_music_is_easy_then_ever_richer_then_the_folders(songs, monkeypatch):
@@ -1321,7 +1261,7 @@ def test_music_is_easy_then_ever_richer_then_the_folders(songs, monkeypatch):
     assert not torch.equal(stream.generator(7).get_state(), stream.generator(8).get_state())
 
 
-def test_a_run_from_a_model_needs_no_easy_music_and_every_rank_has_music_of_its_own(songs, monkeypatch):
+def test_a_run_from_a_model_needs_no_easy_music(songs, monkeypatch):
     stream, seen = mt2.Stream(tiny(init="x", easy=0.4, steps=100)), []
     silence = lambda n, step, rich: seen.append(rich) or (torch.zeros(n, 2, 64000), {})
     monkeypatch.setattr(stream.music, "batch", silence)
@@ -1329,9 +1269,6 @@ def test_a_run_from_a_model_needs_no_easy_music_and_every_rank_has_music_of_its_
     assert seen == [1]
     stream.folder = AudioFolder(songs)
     assert stream[0][0][0].amax() > -100 and seen == [1, 1]  # the folder from the start, beside rich music
-    ranks = [mt2.Stream(tiny(seed=seed), rank) for seed, rank in ((0, 0), (0, 1), (1, 0))]
-    assert len({stream.music.seed for stream in ranks}) == 3
-    assert not torch.equal(ranks[0].generator(8).get_state(), ranks[1].generator(7).get_state())
 
 
 def test_a_worker_that_starts_anew_as_on_macos_and_windows_makes_the_same_music(songs):
@@ -1388,27 +1325,10 @@ def test_kill_9_at_random_moments_costs_nothing(songs, tmp_path):
     assert_close(weights(tmp_path / "run"), weights(whole), rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_may_train_outside_of_the_main_thread(tmp_path):
-    with ThreadPoolExecutor(1) as pool:
-        assert len(log_of(pool.submit(train, tiny(tmp_path, steps=2)).result())) == 2
-
-
-def test_a_program_that_keeps_a_failed_run_ends_with_its_workers(tmp_path):
-    code = f"""import mt2
-mt2.losses = lambda *_: 1 / 0
-try:
-    mt2.train(mt2.Config(**{TINY | {"out": str(tmp_path), "workers": 2, "tasks": "con"}}))
-except ZeroDivisionError as error:
-    kept = error  # and its frames, the loop's iterator among them
-    print("kept")"""
-    assert "kept" in subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True, timeout=60)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_ends_a_run_and_its_workers_in_one_line_and_the_save_before_stands(workers, songs, tmp_path):
     flags = [*FLAGS, "--steps=100000", f"--workers={workers}", f"--data={songs}", "--easy=0", "--tasks=con"]
     job = python(HERE / "mt2.py", *flags, cwd=tmp_path, start_new_session=True)
-    wait_for_log(job, tmp_path / "run")
     while job.poll() is None and not (tmp_path / "run" / "model.pt").exists():
         time.sleep(0.05)
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does
@@ -1470,24 +1390,13 @@ def test_somebody_elses_log_is_refused_and_untouched(tmp_path):
     assert (tmp_path / "log.csv").read_text() == "my,own\n1,2\n"
 
 
-def test_a_folder_written_with_a_slash_is_the_same_folder(songs, tmp_path, capsys):
-    for data in (str(songs), f"{songs}/"):
-        train(tiny(tmp_path, data=data, tasks="con", easy=0, steps=1))
-    assert "already trained" in capsys.readouterr().out
-
-
 def test_a_log_is_cut_back_to_whole_rows_up_to_the_last_save(tmp_path):
-    kept = "step,loss\n1,0.5\n2,0.4\n"
-    for more in ("", "3", "3,0.3", "3,\n", "2\n", "4,0.2\n", "\0\0\n3,0.3\n"):  # 3 is the last save
-        (tmp_path / "log.csv").write_text(kept + more)
+    head, kept = "step,loss\n", "step,loss\n1,0.5\n2,0.4\n"
+    broken = ("", "3", "3,0.3", "2\n", "4,0.2\n", "\0\0\n3,0.3\n")  # 3 is the last save
+    for text, left in (("", head), (kept + "3,\n", kept + "3,\n"), *((kept + more, kept) for more in broken)):
+        (tmp_path / "log.csv").write_text(text)
         mt2.open_log(tmp_path / "log.csv", ("step", "loss"), 3).close()
-        assert (tmp_path / "log.csv").read_text() == kept + ("3,\n" if more == "3,\n" else ""), more
-
-
-def test_an_empty_log_of_a_power_cut_does_not_block_the_run(unbroken, tmp_path):
-    interrupted(tiny(tmp_path), 4)
-    (tmp_path / "log.csv").write_text("")
-    assert_close(weights(train(tiny(tmp_path))), weights(unbroken), rtol=1e-5, atol=1e-6)
+        assert (tmp_path / "log.csv").read_text() == left, text
 
 
 @pytest.mark.parametrize("heads, dim", [(4, 24), (2, 48)])
@@ -1506,14 +1415,15 @@ def test_a_folder_with_another_run_is_refused_with_both_values_and_untouched(nam
     assert files_of(unbroken) == before
 
 
-def test_what_does_not_change_the_result_may_differ_and_a_model_alone_is_not_overwritten(unbroken, tmp_path):
+def test_what_does_not_change_the_result_may_differ_and_a_model_alone_is_not_overwritten(
+        unbroken, songs, tmp_path):
     for more in (dict(workers=3), dict(save_every=2), dict(compile=1), dict(device="auto")):
         assert mt2.resume(tiny(unbroken, **more), unbroken)["step"] == 8
     (tmp_path / "model.pt").write_bytes((unbroken / "model.pt").read_bytes())
     with pytest.raises(ValueError, match="holds model.pt but no state.pt"):
         train(tiny(tmp_path))
-    run = train(tiny(tmp_path / "next", init=str(unbroken), steps=1))
-    assert mt2.resume(tiny(run, init=f"{unbroken}/", steps=1), run)["step"] == 1
+    run = train(tiny(tmp_path / "next", init=str(unbroken), data=str(songs), steps=1))
+    assert mt2.resume(tiny(run, init=f"{unbroken}/", data=f"{songs}/", steps=1), run)["step"] == 1
 
 
 class Hostile:
@@ -1592,14 +1502,6 @@ def test_options_in_a_state_do_not_replace_those_of_the_optimizer(unbroken, tmp_
     state["optimizer"]["param_groups"][0].update(amsgrad=True, betas="x")
     torch.save(state, tmp_path / "state.pt")
     assert_equal_runs(train(tiny(tmp_path)), unbroken)
-
-
-def test_a_model_with_weights_that_are_not_finite_is_refused(unbroken, tmp_path):
-    content = torch.load(unbroken / "model.pt", weights_only=True)
-    content["model"]["cls"][0, 0] = math.nan
-    torch.save(content, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="model.pt: .*not finite"):
-        load(tmp_path)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
@@ -1998,7 +1900,7 @@ def test_a_folder_with_nothing_usable_ends_in_one_line_before_the_first_step(
     (tmp_path / "words.wav").write_text("words")
     flags = FLAGS + ["--out", tmp_path / "run", "--data", tmp_path, "--tasks", tasks, "--easy", easy]
     code, lines = run_main(monkeypatch, capsys, *flags)
-    assert code != 0 and len(lines) == 1 and str(tmp_path) in lines[0] and "can be used" in lines[0], lines
+    assert code != 0 and len(lines) == 1 and f"{tmp_path}: none of 1 files can be used" in lines[0], lines
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 1
 
 
@@ -2324,13 +2226,6 @@ def test_without_an_event_in_validation_the_surest_peak_alone_is_an_event():
         assert task.score(0 * p, torch.tensor([1]), torch.tensor([0]))["f_measure"] == 0
 
 
-def test_a_sound_file_that_was_cut_short_is_named(tmp_path):
-    soundfile.write(tmp_path / "cut.flac", noise(64000).numpy() / 9, 16000)
-    (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:40000])
-    with pytest.raises(ValueError, match="cut.flac: not a sound file, broken or"):
-        probe.cut(tmp_path / "cut.flac")
-
-
 @pytest.mark.parametrize("seconds, windows", [(1, 1), (4.9, 1), (5.1, 2), (8, 2)])
 def test_a_rest_shorter_than_a_quarter_of_a_window_is_dropped(seconds, windows, tmp_path):
     soundfile.write(tmp_path / "x.wav", tone([440], seconds)[0].numpy(), 16000)
@@ -2341,13 +2236,6 @@ def test_of_a_long_file_only_the_start_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "LIMIT", 8.0)
     soundfile.write(tmp_path / "x.wav", tone([440], 13, 8000)[0].numpy(), 8000)
     assert probe.cut(tmp_path / "x.wav").shape == (2, 64000)
-
-
-def test_a_metric_that_is_not_defined_stops_neither_table_nor_figure(capsys):
-    row = dict(encoder="run", task="tags", readout="con", metric="map", std=0.0, valid_loss=1.0)
-    rows = [row | dict(layer=0, value=None), row | dict(task="key", metric="accuracy", layer=0, value=0.5)]
-    probe.table(rows)
-    assert "0.500±0.000" in capsys.readouterr().out and probe.layers_figure(rows)
 
 
 def test_an_ablation_refuses_its_flags_before_it_trains(capsys, tmp_path, monkeypatch):
@@ -2479,14 +2367,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(small_run, ca
     out = small_run / "file" / "below" / ("x.npz" if command == "embed" else "")
     assert "Not a directory" in probe_main(capsys, *words, "--out", out)
     assert (small_run / "file").read_text() == "precious"
-
-
-def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    (tmp_path / "x.json").write_text("precious")
-    monkeypatch.setattr(os, "replace", disk_full)
-    with pytest.raises(OSError):
-        probe.write(tmp_path / "x.json", lambda file: file.write(b"new"))
-    assert (tmp_path / "x.json").read_text() == "precious"
 
 
 def test_a_file_cut_short_costs_only_itself_and_the_exit_status(small_run, capsys):
@@ -2698,9 +2578,11 @@ def test_foreign_encoders_are_called_as_their_packages_want_and_give_every_layer
     vars(sys.modules[module]).update(content)
     (tmp_path / "msd_stats.json").write_text("{}")
     (tmp_path / "weights.pt").write_bytes(b"")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     found = probe.of_package(f"{kind}:{tmp_path}", "cpu")(noise(2, 64000))
     assert found["seq_avg"].shape == (4, 2, 8) and found["seq"].shape == (4, 2, 126, 8)
     assert_close(found["seq"][3], 4 * found["seq"][0])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # a folder asks no network
 
 
 @pytest.mark.parametrize("kind, module, remedy", [
@@ -2711,13 +2593,6 @@ def test_a_foreign_encoder_that_fails_says_what_it_needs(kind, module, remedy, m
     with pytest.raises(ValueError, match=f"{kind}:.*{module}.*{remedy}") as caught:
         probe.of_package(f"{kind}:{tmp_path}", "cpu")
     assert "'transformers<5'" in str(caught.value)
-
-
-def test_an_encoder_in_a_folder_does_not_ask_the_network(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setitem(sys.modules, "muq", types.SimpleNamespace(MuQ=Foreign))
-    probe.of_package(f"muq:{tmp_path}", "cpu")
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 def test_muq_itself_runs_with_random_weights(tmp_path):
@@ -2818,15 +2693,6 @@ def test_a_column_may_be_written_in_capitals(small_run, short_probe, capsys):
     rows = json.loads((small_run / "caps" / "results.json").read_text())
     assert {(row["task"], row["metric"]) for row in rows} == {
         ("key", "accuracy"), ("key", "mirex"), ("beats", "f_measure")}
-    now, p, file = 0.032 * torch.arange(126)[None], torch.zeros(1, 126, 1), torch.tensor([0])
-    p[0, 33] = 1  # 56 ms late: good enough for a beat, not for an onset
-    for name, f in (("beats", 1), ("onsets", 0)):
-        assert probe.event_task(name, [np.array([1.0])], file, now).score(p, file, file)["f_measure"] == f
-
-
-def test_a_name_that_no_system_can_open_is_left_out_as_any_other(small_run, capsys):
-    said = probe_main(capsys, "key", small_run / "run", "x" * 300, small_run / "song0.wav")
-    assert said == "probe: 1 of 2 files were left out: see above"
 
 
 def test_a_column_that_cannot_be_trained_or_scored_is_named(small_run, capsys):
@@ -2870,18 +2736,11 @@ def test_silence_in_a_song_has_no_say_in_its_key(small_run, capsys):
     assert plain == gaps
 
 
-def test_embed_replaces_only_npz_and_a_manifest_leaves_the_results_of_a_run(small_run, capsys):
+def test_embed_replaces_only_npz(small_run, capsys):
     song = small_run / "song0.wav"
     before = song.read_bytes()
     said = probe_main(capsys, "embed", small_run / "run", small_run / "song1.wav", "--out", song)
     assert "must end in .npz" in said and song.read_bytes() == before
-    rows = [f"song{i}.wav,{'ab'[i % 2]}" for i in range(6)]
-    (small_run / "mine.csv").write_text("\n".join(["path,mood", *rows]))
-    before = files_of(small_run / "run")
-    probe_main(capsys, small_run / "run", "--data", small_run / "mine.csv", "--task", "mood")
-    assert (small_run / "run" / "mine" / "results.json").exists()
-    shutil.rmtree(small_run / "run" / "mine")
-    assert files_of(small_run / "run") == before
 
 
 def test_key_names_a_broken_song_goes_on_and_ends_with_an_error(small_run, capsys):
