@@ -228,9 +228,8 @@ def probe(x, y, held_x, held_y, multi, mix=False):
     return lambda x: scaled(x) @ w[:, :-1] + w[:, -1:], loss, None
 
 # ---- Tasks: targets for the probe and a metric for what it says, mir_eval's where it has one
-# what a column holds, by its name; any other holds classes, or tags
 KINDS = dict(key="key", tempo="tempo", bpm="tempo", chord="chord", chords="chord", beat="beat", beats="beat",
-             onset="onset", onsets="onset", tags="tags")
+             onset="onset", onsets="onset", tags="tags")  # by a column's name; any other: classes, or tags
 
 class Task(NamedTuple):
     """What to predict, and how well it was done."""
@@ -463,7 +462,7 @@ def manifest(path, tasks, seed=0, for_probe=True):
     need(not (for_probe and wrong), f"{path}: split {wrong[:1]} is not train, valid or test")
     for task in tasks:
         cells = [row[task].strip() for row in rows]
-        kind = KINDS.get(task) or "tags"
+        kind = KINDS.get(task, "tags")
         try:
             truth[task] = [parse(kind, cell, folder, file) if cell else None
                            for cell, file in zip(cells, files)]
