@@ -16,7 +16,7 @@ The file reads as sound flows, from wave to command line. "Ours" marks choices t
 "measured" says what one was worth, "prototype" the same in runs before this file, "exact" is the share of key
 signatures named right (more in README.md). A track is a piece; A and B are two segments of it, 4 s each; a
 view is what a loss sees of one: some frames, and a crop of the spectrum, whose offset transposes it (A' is A
-at another crop). In shapes B is clips (inputs), F frames, D the width of a token, P that of an embedding z.
+at another crop). Shapes: B clips (inputs), T samples, F frames, N tokens, D their width, P that of z.
 """
 import argparse
 import contextlib
@@ -55,19 +55,19 @@ SAMPLE_RATE, SECONDS, HOP = 16000, 4.0, 512  # the paper's input: 4 s of mono so
 SAMPLES = int(SAMPLE_RATE * SECONDS)         # 64,000 samples
 FRAMES = SAMPLES // HOP + 1                  # 126 frames of 32 ms
 N_MELS = 128
-# a crop is 84 of the 99 VQT bins, seven octaves, from bin `offset` on, 0..15; MIDDLE: the default offset
+# a crop keeps 84 of the 99 VQT bins, seven octaves, from bin `offset` (0..15) on; MIDDLE: where none is given
 N_BINS, N_CROP, N_OFFSETS, MIDDLE = 99, 84, 16, 8
 SIZES = {  # demo: minutes on two laptop cores, ours; paper: ViT-Tiny, 5.5 M parameters (lr: ours)
     "demo": dict(dim=96, depth=3, lr=2e-3, frames=14),
     "paper": dict(dim=192, depth=12, lr=1e-3, frames=126)}
 
 def knob(default, text, *limits):
-    """A Config field with its help text and limits: choices of a text, least (and most) of a number."""
+    """A Config field: its default, help and limits, which are choices or a number's least (and most)."""
     return dataclasses.field(default=default, metadata={"help": text, "limits": limits})
 
 @dataclasses.dataclass
 class Config:
-    """The hyper-parameters of a run (AdamW's: in `train`). None: set by `size`. ValueError for bad ones."""
+    """What makes a run; AdamW's numbers are in `train`. None: set by `size`. ValueError for bad ones."""
     data: str = knob("", "folder of music; empty: music made on the fly by SyntheticMusic")
     out: str = knob("runs/demo", "run folder: model.pt, state.pt, log.csv, monitor.csv")
     init: str = knob("", "run folder or model.pt whose weights to start from")
@@ -124,7 +124,7 @@ class Config:
         if self.encoder == "tune":
             need("con" in self.tasks, "--tasks eq: waveform encoders learn con alone; use --encoder vit")
             self.tasks, self.inputs = ("con",), ("wave",)
-        elif self.inputs == ("wave",) or "eq" in self.tasks and "vqt" not in self.inputs:
+        elif "vqt" not in self.inputs and ("eq" in self.tasks or "mel" not in self.inputs):
             raise ValueError(f"--inputs {self.inputs[0]}: eq needs vqt, con needs mel or vqt")
         elif self.tasks == ("eq",) and self.hide_mel:
             self.inputs = ("vqt",)  # no view would see mel
@@ -154,10 +154,10 @@ def average(tensors):
 
 # ---- Wave -> spectrogram --------------------------------------------------------------------------------
 
-def unit_range(db, floor=80.0):
+def unit_range(db):
     """dB [B, F, bins] -> [0, 1]: dB below each clip's own loudest bin, 80 dB floor, dB/80 + 1."""
-    loudest = db.amax((1, 2), keepdim=True).clamp_min(-floor)  # [B, 1, 1]; at least -80 dB
-    return ((db - loudest) / floor + 1).clamp(0, 1)
+    loudest = db.amax((1, 2), keepdim=True).clamp_min(-80)  # [B, 1, 1]; or else silence would come out loud
+    return ((db - loudest) / 80 + 1).clamp(0, 1)
 
 class VQT(nn.Module):
     """Variable-Q transform as a few matrix products.
@@ -198,7 +198,9 @@ class VQT(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Behind `to` and `half`: kernels stay in float32 at least, as half ones err by .3 of the range."""
-        keep = lambda x: y if (y := fn(x)).element_size() >= 4 else x.to(y.device)
+        def keep(x):
+            y = fn(x)
+            return y if y.element_size() >= 4 else x.to(y.device)
         return nn.Module._apply(self, keep, recurse)
 
     def quarter_rate(self, wave):
@@ -223,7 +225,7 @@ class VQT(nn.Module):
                 windows = wave[:, start:].unfold(-1, len(kernel), hop)[:, :n_frames]  # [B, F, window], a view
                 real, imag = (windows @ kernel).chunk(2, dim=-1)  # [B, F, n] each
             power = real.square() + imag.square()
-            octaves.insert(0, power.clamp_min(1e-30).sqrt())  # the root of 0 has no gradient
+            octaves.insert(0, power.clamp_min(1e-30).sqrt())  # at 0 the root's gradient is infinite
         return torch.cat(octaves, dim=-1)
 
     def decibels(self, wave):
@@ -296,7 +298,7 @@ class Block(nn.Module):
         q, x = q[:, :, :first], x[:, :first]
         if x.is_cuda:
             mixed = F.scaled_dot_product_attention(q, k, v)
-        else:  # on CPU the fused kernel costs 2.6 times as much a step at 18 tokens, 1.6 at 128 (measured)
+        else:  # on CPU the fused kernel makes bf16 steps 2.2 times as long, float32 ones no longer (measured)
             mixed = self.attention(q, k) @ v
         x = x + self.out(mixed.transpose(1, 2).flatten(2))  # heads side by side again
         return x + self.mlp(self.norm2(x))
@@ -335,7 +337,7 @@ class MT2(nn.Module):
             # running mean of the logits at each crop offset, for `center` outside of training
             self.register_buffer("offset_mean", torch.zeros(N_OFFSETS, 12))
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear):  # LeCun's start: variance stays (ours)
                 nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
                 nn.init.zeros_(module.bias)
         if "eq" in config.tasks:
@@ -389,7 +391,7 @@ class MT2(nn.Module):
         Why a mean per offset: over many songs no key is preferred at any crop. Without it CPSD is solved by
         reading the offset off the spectral envelope: the shortcut, and no key is learned (prototype: exact
         .08 instead of .90). Why 2: a soft y can point between two pitch classes, where a sharp one snaps to
-        either (measured: real windows .70 exact instead of .63). Why their own: divided by the batch's, long
+        either (measured: real windows .71 exact instead of .64). Why their own: divided by the batch's, long
         runs give up hard clips to be surer of easy ones (measured: .88 exact instead of .98)."""
         mean = self.offset_mean
         if training:
@@ -403,17 +405,17 @@ class MT2(nn.Module):
 
     def features(self, wave):
         """Wave [B, T] of any floating-point kind -> mel [B, F, 128], VQT [B, F, 99], both in [0, 1]."""
-        if not (torch.is_tensor(wave) and wave.is_floating_point()):
-            raise ValueError("MT2 takes waves as a tensor of floating-point numbers, in [-1, 1]")
-        if wave.ndim != 2 or not len(wave) or not HOP < wave.shape[1] <= SAMPLES:
-            raise ValueError(f"MT2 takes waves [B, {HOP + 1} to {SAMPLES} samples], not {list(wave.shape)}")
+        sound = torch.is_tensor(wave) and wave.is_floating_point()
+        need(sound, "MT2 takes waves as a tensor of floating-point numbers, in [-1, 1]")
+        fits = wave.ndim == 2 and len(wave) and HOP < wave.shape[1] <= SAMPLES
+        need(fits, f"MT2 takes waves [B, {HOP + 1} to {SAMPLES} samples], not {list(wave.shape)}")
         return [unit_range(x).to(self.cls.dtype) for x in self.front_end(wave)]
 
     def crop_offsets(self, wave, offset):
         """An int, [B] or None (the middle) -> the crop's offset for each wave [B]. ValueError if outside."""
         offset = torch.as_tensor(MIDDLE if offset is None else offset, device=wave.device)
-        if offset.is_floating_point() or offset.shape not in ((), wave.shape[:1]):
-            raise ValueError(f"MT2: offset must be a whole number, or one for each of {len(wave)} waves")
+        whole = not offset.is_floating_point() and offset.shape in ((), wave.shape[:1])
+        need(whole, f"MT2: offset must be a whole number, or one for each of {len(wave)} waves")
         inside = ((0 <= offset) & (offset < N_OFFSETS)).all()
         need(inside, f"MT2: an offset must lie between 0 and {N_OFFSETS - 1}")
         return offset.long().expand(len(wave))
@@ -477,7 +479,7 @@ class TUNe(nn.Module):
             self.grow = nn.ModuleList(nn.ConvTranspose1d(w[i + 1], w[i], 3, 3) for i in range(3, 3 - up, -1))
             self.join = nn.ModuleList(conv(2 * w[i], w[i]) for i in range(3, 3 - up, -1))
             tail = [(w[i - 1] + w[i], w[i]) for i in range(5 - up, 5)]  # pooled and joined
-            tail += [(176, 352), *[(352, 352)] * 3, (352, 512)]  # alone from there, down to three frames
+            tail += [(176, 352), (352, 352), (352, 352), (352, 352), (352, 512)]  # alone, to three frames
             self.tail = nn.ModuleList(conv(i, o) for i, o in tail)
         else:
             w = (128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512)  # 59,049 to one frame
@@ -537,7 +539,8 @@ class NTXent(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [n, 1]
         scale = torch.where(norm <= 1e-12, 0, 1 / norm)  # 0-rows stay 0 and get no gradient; NaN stays NaN
         z = x * scale
-        n, sums, columns = len(z), z.new_zeros(len(z)), gather(z)  # columns [N, P]
+        n, columns = len(z), gather(z)  # [N, P], the z of all processes
+        sums = z.new_zeros(n)
         ctx.temperature, ctx.block, ctx.kept = temperature, block, None
         strips = NTXent.strips(z, columns, temperature, block)
         if n * len(columns) <= NTXent.KEEP:
@@ -548,7 +551,7 @@ class NTXent(torch.autograd.Function):
                 sums[i + block:] += e[:, block:].sum(0)
         all_sums = gather(sums)  # [N], of all processes' rows
         ctx.save_for_backward(z, scale, columns, sums, all_sums)
-        a, b = columns.view(-1, 2, n // 2, z.shape[1]).unbind(1)  # each process sent its a, then its b
+        a, b = columns.view(-1, 2, n // 2, z.shape[1]).unbind(1)  # [processes, n / 2, P]
         return all_sums.log().mean() + (1 - (a * b).sum(-1).mean()) / temperature
 
     @staticmethod
@@ -602,7 +605,7 @@ def nt_xent(a, b, temperature=0.1):
 def dft(y, omega=7):
     """DFT of y [..., 12] at one frequency -> real and imaginary part, [...] each.
 
-    omega 7: circle of fifths, 1: semitones. Plain sums: a matrix product would be a kernel of its own."""
+    omega 7: circle of fifths, 1: semitones. Sums, as compiled they fuse; a matrix product would not."""
     angle = 2 * math.pi * omega / 12 * torch.arange(12, device=y.device, dtype=y.dtype)
     return (y * angle.cos()).sum(-1), -(y * angle.sin()).sum(-1)
 
@@ -612,7 +615,7 @@ def cpsd(y_a, y_b, k, omega=7):
     y_a, y_b [B, 12] probabilities; k int or [B]: b looks k semitones higher than a. 0 if b is a rolled by k
     and both are one-hot, 1 if one is uniform. In real arithmetic, so that it compiles, at least float32."""
     k = torch.as_tensor(k, device=y_a.device)
-    if y_a.shape != y_b.shape or k.ndim and k.shape != y_a.shape[:1]:  # [B, 1] would compare all with all
+    if y_a.shape != y_b.shape or k.shape not in ((), y_a.shape[:1]):  # [B, 1] would compare all with all
         shapes = [list(x.shape) for x in (y_a, y_b, k)]
         raise ValueError(f"cpsd: y_a, y_b, k {shapes} must be [B, 12], [B, 12] and one number or [B]")
     y_a, y_b = (y.float() if y.element_size() < 4 else y for y in (y_a, y_b))
@@ -646,8 +649,8 @@ HARMONY = (((10, 15, 8, 25, 27, 15, 0), (10, 5, 5, 15, 55, 10, 0), (10, 10, 2, 3
            ((10, 0, 10, 25, 20, 20, 15), (100, 0, 0, 0, 0, 0, 0), (20, 0, 5, 15, 10, 30, 20),
             (35, 0, 5, 5, 30, 10, 15), (60, 0, 5, 10, 5, 15, 5), (15, 0, 20, 10, 20, 5, 30),
             (50, 0, 25, 5, 5, 10, 5)))
-# Rich music: for each degree, the chance that minor's seventh is raised; if it is not, in major and in minor,
-# that the chord's third is, which turns a minor chord into a dominant
+# Rich music, chances at each degree. LEADING: that minor's seventh is raised. DOMINANT (major, minor): if
+# it is not, that the chord's own third is raised, which turns a minor chord into a dominant
 LEADING = (0.25, 0, 0, 0.25, 0.95, 0, 0)
 DOMINANT = ((0, 0.35, 0.12, 0, 0, 0.15, 0), (0.12, 0, 0, 0.15, 0, 0, 0))
 RHYTHMS = ((1, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 1), (1, 1, 1, 1), (1, 0, 0, 1), (0, 0, 1, 0))  # of a beat
@@ -722,7 +725,7 @@ class SyntheticMusic:
             arpeggio=texture == "band" and rng.random() < 0.35,
             drums=drums * 10 ** -rng.uniform(0.1, 1), detune=rng.uniform(-0.25, 0.25),  # semitones
             tempo=60 * 3 ** rng.random(), per_chord=rng.choice((1, 2, 2, 4)) if rich else 2,  # beats
-            density=rng.uniform(0.7, 1), busy=rng.random(), legato=rng.uniform(0.6, 1),
+            density=rng.uniform(0.7, 1), offbeat=rng.random(), legato=rng.uniform(0.6, 1),
             dynamics=rng.random() * rich, hiss=10 ** -rng.uniform(2.5, 4), level=10 ** -rng.uniform(0, 0.6),
             wet=10 ** -rng.uniform(0.05, 0.7) * (rich and rng.random() < 0.6), room=rng.randrange(16),
             silent=rng.uniform(0, 1.5) * (rich and rng.random() < 0.1))  # s, at the start
@@ -733,7 +736,7 @@ class SyntheticMusic:
         jitter: dB by which each harmonic may stray, so that no two pianos are alike."""
         slope, even, formant, _, _, upper, _, stretch = INSTRUMENTS[name]
         h = np.arange(1, 25)  # harmonics
-        hz = h * 440 * 2 ** ((pitch - 69) / 12)  # above 5500 none: only high melodies alias, at worst -9 dB
+        hz = h * 440 * 2 ** ((pitch - 69) / 12)  # none above 5500: of 100 melodies 3 alias beyond -20 dB
         stray = np.array([rng.gauss(0, jitter) for _ in h])
         amp = h ** -slope * np.where(h % 2 == 0, even, 1) * 10 ** (stray / 20) * (hz < 5500)
         amp = amp * (0.15 + np.exp(-np.log2(hz / formant) ** 2)) if formant else amp
@@ -762,31 +765,36 @@ class SyntheticMusic:
 
     def lines(self, rng, t, chords):
         """Chords of each beat -> five lines of notes [(tick, MIDI pitch)]: melody, three voices, bass."""
-        melody, inner, bass, step = [], ([], [], []), [], rng.randrange(10)
+        melody, inner, bass = [], ([], [], []), []
+        step = rng.randrange(10)  # of the scale, upwards: where the melody is
         for beat, (new, degree, scale, triad) in enumerate(chords):
             start = beat * TICKS
             # melody: a walk over the scale, moved to a chord tone on most beats
-            rhythm = RHYTHMS[int(len(RHYTHMS) * rng.random() ** (1.5 - t.busy))]
+            rhythm = RHYTHMS[int(len(RHYTHMS) * rng.random() ** (1.5 - t.offbeat))]  # 1: rather the last ones
             for tick in range(TICKS):
                 if rhythm[tick] and rng.random() < t.density:
                     step = 9 - abs(9 - abs(step + rng.choice((-2, -1, -1, 1, 1, 2))))  # reflected into 0..9
                     if tick == 0 and rng.random() < 0.75:
                         step -= (0, 1, 0, 1, 0, 1, -1)[(step - degree) % 7]  # to degree + 0, 2, 4 or 7
-                    octave, note = divmod(step, 7)  # step counts notes of the scale upwards
+                    octave, note = divmod(step, 7)
                     pitch = place(t.tonic, t.low[0]) + scale[note] - t.tonic + 12 * octave
                     melody.append((start + tick, pitch))
             if t.texture == "solo":
                 continue
             # chords: held or broken by a band, moving with the beat in a chorale
-            turn, spread = rng.randrange(3), 4 * (t.texture == "chorale")  # order of voices; semitones apart
+            turn = rng.randrange(3)  # which voice has which note
+            spread = 4 if t.texture == "chorale" else 0  # semitones from voice to voice
             if t.arpeggio:
-                inner[0].extend((start + i, place(triad[(start + i) // 2 % 3], t.low[1])) for i in (0, 2))
-            elif new or spread and rng.random() < 0.6:
+                for tick in (start, start + 2):
+                    inner[0].append((tick, place(triad[tick // 2 % 3], t.low[1])))
+            elif new or (spread and rng.random() < 0.6):
                 for i, line in enumerate(inner):
                     line.append((start, place(triad[(i + turn) % 3], t.low[1] - spread * i)))
             # bass: roots, some fifths between them, rich: some thirds
             if new or rng.random() < 0.5:
-                tone = 1 if t.rich and rng.random() < 0.25 else 0 if new or rng.random() < 0.75 else 2
+                third = t.rich and rng.random() < 0.25
+                fifth = not (third or new) and rng.random() >= 0.75
+                tone = 1 if third else 2 if fifth else 0
                 bass.append((start, place(triad[tone], t.low[2])))
         return melody, *inner, bass
 
@@ -826,10 +834,10 @@ class SyntheticMusic:
             times = [s for tick in ticks if t.silent <= (s := tick * tick_s - early) < SECONDS]
             return times + [math.nan] * (size - len(times))
         begins = {tick for line in lines for tick, _ in line}.union(hits)
-        names = [root + 12 * ((third - root) % 12 == 3) for _, _, _, (root, third, _) in chords]  # of beats
-        beat = [int((frame * HOP / SAMPLE_RATE + early) / beat_s) for frame in range(FRAMES)]
+        of_beat = [root + 12 * ((third - root) % 12 == 3) for _, _, _, (root, third, _) in chords]
+        beats = [int((frame * HOP / SAMPLE_RATE + early) / beat_s) for frame in range(FRAMES)]  # of frames
         first = round(t.silent * SAMPLE_RATE / HOP)  # the frame where sound begins; 24: no chord
-        chord = [24 if t.texture == "solo" or frame < first else names[b] for frame, b in enumerate(beat)]
+        chord = [24 if t.texture == "solo" or i < first else of_beat[b] for i, b in enumerate(beats)]
         return wave, chord, heard(range(0, end, TICKS), BEATS), heard(sorted(begins), BEATS * TICKS)
 
 # ---- Data: a folder of music ----------------------------------------------------------------------------
@@ -932,7 +940,8 @@ class Stream(Dataset):
         return torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2 ** 32)
 
     def __getitem__(self, i):
-        c, progress, g, waves = self.config, i / self.config.steps, self.generator(i), []
+        c, g, waves = self.config, self.generator(i), []
+        progress = i / c.steps  # from 0 to 1
         # without --init generated music warms up; then some of it stays, lest a folder of few keys spoil `eq`
         # (measured, two runs: after two hours of game music real pieces were still .96 exact; alone, .92)
         if self.folder and (c.init or progress >= 2 * c.easy):
@@ -942,7 +951,7 @@ class Stream(Dataset):
         if len(waves) < c.fresh:
             # first easy, then more and more rich: rich from the start led into the shortcut (prototype)
             rich = min(max(progress / c.easy - 1, 0), 1) if c.easy and not c.init else 1
-            waves += self.music.batch(c.fresh - len(waves), i, rich)[0]
+            waves += [*self.music.batch(c.fresh - len(waves), i, rich)[0]]
         waves = torch.cat(waves)  # [2 fresh, 64000]
         features = (waves,) if c.encoder == "tune" else self.front_end(waves)
         skipped = self.folder.skipped if self.folder else {}
@@ -1016,7 +1025,7 @@ def monitor(model, waves, truth=None):
     if truth is not None:
         truth = truth.cpu()  # as profiles are
         count = torch.bincount(truth, minlength=12)
-        weight = 1 / (count[truth] * (count > 0).sum())  # keys count alike, so that what follows key cancels
+        weight = 1 / (count[truth] * (count > 0).sum())  # keys count alike: what follows them sums to 0
         away = (7 * (key_signature(y_a[2] + y_b, calibrate(model, waves.device)) - truth)) % 12  # in fifths
         result |= dict(follows_offset=(a.mean(0) * weight).sum().abs(), exact=(away == 0).float().mean(),
                        fifth=((away <= 1) | (away == 11)).float().mean(),
@@ -1042,7 +1051,7 @@ def learning_rate(step, config):
     return config.lr * min(1, (step + 1) / config.warmup) * (0.05 + 0.95 * cosine)
 
 def autocast(device):
-    """bf16 where the device multiplies it in hardware (on CPU 1.1 to 2 times as fast), else float32."""
+    """bf16 where the device multiplies it in hardware (on CPU 2.6 to 3.3 times as fast), else float32."""
     cpu = torch.cpu.get_capabilities()
     fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     if device.type == "cuda":
@@ -1084,8 +1093,8 @@ def losses(model, batch, g, encode=None):
     if "eq" in c.tasks:
         mel, vqt, offset, frames = views(3, c.frames)  # [3B, F, bins]
         vqt = unit_range(vqt + random_equaliser(len(vqt), c.eq_db, g).to(dev, non_blocking=True))
+        mel = None if model.hides_mel else unit_range(mel)
         with autocast(dev):
-            mel = None if model.hides_mel else unit_range(mel)
             cls = encode(mel, crop(vqt, offset), frames, cls_only=True)[-1]
         logits = model.center(model.logits(cls[:, 0].float()), offset, training=True)
         y_a, y_b, y_shift = logits.softmax(-1).chunk(3)  # [B, 12] each
@@ -1119,7 +1128,7 @@ def read_checkpoint(path, *needed):
         missing = {"model", "config", *needed} - content.keys()
         need(not missing, f"lacks {', '.join(sorted(missing))}")
         config = Config(**content["config"])
-        # bytes of its blocks, were they in half precision; built, they could fill the memory
+        # before anything is built: a block has 12 dim^2 weights, of 2 bytes at least
         least = 24 * config.depth * config.dim ** 2 if config.encoder == "vit" else 0
         need(os.path.getsize(path) > least, "its config asks for more weights than it holds")
         model = build(config)
@@ -1209,7 +1218,7 @@ def music_stream(c, rank, device, first, end):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    # the loop needs a core; 12, as two chunks of each, 1.4 MB, wait in a container's 64 MB of shared memory
+    # the loop needs a core; 12: two chunks of each, 1.4 MB (TUNe 3.1), lie in a container's 64 MB of /dev/shm
     spare = cores // 2 if device.type == "cpu" else min(cores - 1, 12)
     workers = max(1, spare) if c.workers < 0 else c.workers  # 0: music is made between the steps
     # with more threads than free cores a step takes up to ten times as long (measured on CPU)
@@ -1240,9 +1249,9 @@ def train(config):
     if len(set(gather(torch.tensor([done], device=device)).tolist())) > 1:
         raise ValueError(f"--out {out}: processes see different saves; name a folder that all machines share")
     if done >= c.steps:
-        times = [p.stat().st_mtime_ns if p.exists() else 0 for p in (out / "model.pt", out / "state.pt")]
         if rank == 0:
-            if times[0] < times[1]:  # killed between its last two saves
+            old = [p.stat().st_mtime_ns if p.exists() else 0 for p in (out / "model.pt", out / "state.pt")]
+            if old[0] < old[1]:  # killed between its last two saves
                 save(out / "model.pt", {k: state[k] for k in ("config", "model")})
             print(f"{out}: already trained for all of its {done} steps")
         return out
@@ -1259,9 +1268,10 @@ def train(config):
     model.to(device).train()
     # not dynamic, as each task has one shape: a demo step takes .83 of the time, dynamic .87 (measured)
     encode = torch.compile(model.encode, dynamic=False) if c.compile else model.encode
-    groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    matrices, others = [], []
     for name, p in model.named_parameters():
-        groups[p.ndim < 2 or name in ("cls", "position")]["params"].append(p)
+        (others if p.ndim < 2 or name in ("cls", "position") else matrices).append(p)
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=True)
     if state:
         model.load_state_dict(state["model"])
@@ -1324,9 +1334,9 @@ def train(config):
         pick = torch.randperm(filled, generator=g)[:c.batch].to(device, non_blocking=True)  # no repeats
         statistics = [b.clone() for b in model.buffers()]  # to undo a bad step
         terms = losses(model, [ring.flatten(0, 1)[pick] for ring in pool], g, encode)
-        lr = learning_rate(step, c)
 
         # the update, unless its gradient is not finite
+        lr = learning_rate(step, c)
         optimizer.zero_grad()
         weighted(terms).backward()
         if world_size() > 1:
@@ -1358,17 +1368,17 @@ def train(config):
             log.write(f"{step + 1}," + ",".join(f"{x:.6g}" for x in row) + "\n")
             bar.set_postfix(loss=loss, **values, tracks_s=f"{rate:.0f}")
             bar.update()
-            due = step + 1 == c.steps or (step + 1) % c.save_every == 0  # for a look and a save
-            if due and skipped:
-                say(f"step {step + 1}: skipped {len(skipped)} files so far, or passages of them")
-            for sound, (waves, labels) in watched.items() if due else ():
-                m = monitor(model, waves.to(device), labels.get("key_signature"))
-                watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")
-                say(f"step {step + 1}, {sound} music: {verdict(m)}")
-            if due and not bad:
-                content = {"config": dataclasses.asdict(c), "model": model.state_dict()}
-                save(out / "state.pt", content | {"optimizer": optimizer.state_dict(), "step": step + 1})
-                save(out / "model.pt", content)
+            if step + 1 == c.steps or (step + 1) % c.save_every == 0:  # time for a look and a save
+                if skipped:
+                    say(f"step {step + 1}: skipped {len(skipped)} files so far, or passages of them")
+                for sound, (waves, labels) in watched.items():
+                    m = monitor(model, waves.to(device), labels.get("key_signature"))
+                    watch.write(f"{step + 1},{sound}," + ",".join(f"{v:.4f}" for v in m.values()) + "\n")
+                    say(f"step {step + 1}, {sound} music: {verdict(m)}")
+                if not bad:
+                    content = {"config": dataclasses.asdict(c), "model": model.state_dict()}
+                    save(out / "state.pt", content | {"optimizer": optimizer.state_dict(), "step": step + 1})
+                    save(out / "model.pt", content)
     bar.close()
     return out
 

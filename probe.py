@@ -66,7 +66,7 @@ def of_model(model, spectra):
     """A system out of a model of mt2.py; `spectra` is the front end that all systems of a table share."""
     if isinstance(model, mt2.TUNe):  # hears 59,049 of 64,000 samples: 5 frames less at each end
         return lambda wave: readouts(model.layers(wave), edge=5)
-    del model.front_end  # it has no weights; `measure` shares one among systems, once per batch
+    del model.front_end  # torch lets no function, which `measure` shares among systems, replace a module
     model.front_end = spectra
     return lambda wave: readouts(model.layers(wave), model.class_tokens)
 
@@ -95,14 +95,15 @@ def of_spectrum(name, spectra):
         chroma = (10 ** (vqt[..., :84] / 20)).unflatten(2, (7, 12)).sum(2)  # [B, frames, 12], A first
         chroma = chroma / chroma.amax((1, 2), keepdim=True)  # without the clip's loudness
         x = chroma if name == "chroma" else mt2.unit_range(mel)  # [B, 126, bins]
-        near = F.pad(x.mT, (2, 2), mode="replicate").mT.unfold(1, 5, 1)[..., ::2].flatten(2)
+        near = F.pad(x.mT, (2, 2), mode="replicate").mT.unfold(1, 5, 1)  # [B, 126, bins, 5]: t - 2 to t + 2
+        near = near[..., ::2].flatten(2)  # [B, 126, 3 bins]
         return {"mean+std": torch.cat([x.mean(1), x.std(1)], -1)[None], "seq": near[None]}
     return read
 
 def of_package(spec, device, download=False, trust=False):
     """A system out of muq:FOLDER, mert:FOLDER, musicfm:FOLDER or module:callable, which takes waves [B, T] at
-    its own `.rate`, else 16 kHz, and gives a list of [B, frames, dim]. ValueError if it does not load, or
-    fails, be it on four seconds of silence or later."""
+    its own `.rate`, else 16 kHz, and gives a list of [B, frames, dim]. ValueError if it does not load or
+    fails; it is tried on four seconds of silence at once."""
     kind, _, where = spec.partition(":")
     # with transformers 5 MERT and MusicFM give no hidden states (tried with their own code)
     known = dict(muq="pip install muq 'transformers<5'; FOLDER holds config and weights",
@@ -175,7 +176,7 @@ def fit(x, y, multi, l2=L2, steps=40):
     """Features x [G, N, D], targets y [N, C] -> weights [G, K, D + 1, C], bias last, for strengths l2 [K].
     Full-batch logistic regression without learning rate or random start. Boehning's bound: the Hessian is at
     most a quarter (tags) or half (classes) of X^T X / N, so a step by the bound's inverse never overshoots
-    (save by rounding: weak decay, nearly equal features). With Nesterov's momentum 40 steps suffice."""
+    (but for rounding: weak decay, nearly equal features). With Nesterov's momentum 40 steps suffice."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # the bias is one more weight
     (G, N, D), K, C = x.shape, len(l2), y.shape[1]  # D counts the bias now; K decays, C classes
     decay = torch.tensor(l2, device=x.device)[:, None].repeat(1, D)  # [K, D]
@@ -342,7 +343,7 @@ LIMIT = 120.0  # seconds that are read of a file
 def generated(truth):
     """Batches for `collect`; fills `truth`, a defaultdict {task: labels, one per clip}, on the way."""
     names = list(mt2.INSTRUMENTS)
-    start = (np.arange(mt2.FRAMES) - 0.5) * HOP_S  # half a frame early: no rounding moves a chord
+    start = (np.arange(mt2.FRAMES) - 0.5) * HOP_S  # half a frame early, so a frame lies amid its span
     spans = np.stack([start, start + HOP_S], 1)  # a chord per frame, as read from a .lab file
     for part, (clips, local) in enumerate(zip(torch.arange(sum(COUNTS)).split(COUNTS), LOCAL)):
         music = mt2.SyntheticMusic(1001 + part)  # training has seeds from 4096, calibration 998, monitor 999
@@ -423,9 +424,9 @@ def parse(kind, text, folder, sound):
     if kind == "key":
         tonic, _, mode = text.replace(":", " ").lower().partition(" ")  # as in C:maj, f# minor
         tonics = KEY_TO_SEMITONE | {"cb": 11, "fb": 4, "e#": 5, "b#": 0}  # mir_eval lacks these
-        index = tonics.get(tonic), {"maj": 0, "major": 0, "min": 12, "minor": 12}.get(mode.strip())
-        need(None not in index, f"'{text}' is no key like C major or F# minor")
-        return {sum(index)}
+        root, minor = tonics.get(tonic), {"maj": 0, "major": 0, "min": 12, "minor": 12}.get(mode.strip())
+        need(None not in (root, minor), f"'{text}' is no key like C major or F# minor")
+        return {root + minor}
     if kind == "tempo":
         bpm = float(text)  # ValueError if it is none
         need(10 <= bpm <= 1000, f"'{text}' is not 10 to 1000 beats per minute")
@@ -470,10 +471,12 @@ def manifest(path, tasks, seed=0, for_probe=True):
             raise ValueError(f"{path}, column '{task}': {error}") from None
         parts[task] = [torch.tensor([i for i, cell in enumerate(cells) if cell and split[i] == part]).long()
                        for part in ("train", "valid", "test")]
+        if not for_probe:
+            continue
         train, _, test = parts[task]
         few = f"{len(train)} labels in train and {len(test)} in test; it needs 2 and 1"
-        need(not for_probe or len(train) > 1 and len(test), f"{path}: column '{task}' has {few}")
-        if for_probe and kind not in FRAME_TASKS:
+        need(len(train) > 1 and len(test), f"{path}: column '{task}' has {few}")
+        if kind not in FRAME_TASKS:
             known, asked = (set().union(*(truth[task][i] for i in part)) for part in (train, test))
             new = sorted(asked - known) if kind == "tags" else []
             need(len(known) > 1, f"{path}: column '{task}' has one class only in train; a probe needs two")
@@ -497,7 +500,7 @@ def collect(systems, batches, device):
             for readout, x in read(waves).items():
                 if frames or x.ndim == 3:
                     need(x.isfinite().all(), f"{name}, {readout}: NaN or infinity")
-                    if x.ndim == 4:  # frames are many: halves, if they err by a tenth of a spread at most
+                    if x.ndim == 4:  # frames are many: halves, if none errs by over a tenth of a std
                         half = x.half()  # compared layer by layer: the whole would take much memory
                         near = (((h - v).abs() <= 0.1 * v.std((0, 1))).all() for h, v in zip(half, x))
                         x = half if all(near) else x
@@ -650,11 +653,11 @@ def similarity_figure(model, waves):
     seq = readouts(model.layers(waves), model.class_tokens)["seq"][:, :, :125].unflatten(2, (25, 5)).mean(3)
     seq = seq.flatten(1, 2)  # [layers, 25 n, dim]
     seq = F.normalize(seq - seq.mean(1, keepdim=True), dim=-1).cpu().numpy()
-    width, height, extent = min(5, len(seq)), math.ceil(len(seq) / 5), (0, SECONDS * len(waves)) * 2
+    width, height, end = min(5, len(seq)), math.ceil(len(seq) / 5), SECONDS * len(waves)
     figure = Figure((2.8 * width + 1, 2.8 * height + 0.8), layout="constrained")
     for layer, x in enumerate(seq):  # x [25 n, dim]
         ax = figure.add_subplot(height, width, layer + 1)
-        image = ax.imshow(x @ x.T, cmap="cividis", vmin=-1, vmax=1, origin="lower", extent=extent)
+        image = ax.imshow(x @ x.T, cmap="cividis", vmin=-1, vmax=1, origin="lower", extent=(0, end, 0, end))
         ax.set(title=f"layer {layer}", xlabel="time (s)", ylabel="time (s)")
         ax.label_outer()
     figure.colorbar(image, ax=figure.axes, label="cosine similarity", shrink=0.8)
@@ -711,7 +714,8 @@ SEEDS = (0, 1, 2)  # each draws the files a probe trains on
 def measure(models, others, args, device):
     """Probe models, an iterable of (name, seeds, model) that may train as it goes, and other systems, beside
     references; print and write results."""
-    out, asked = Path(args.out), [t.strip() for t in args.task.lower().split(",")] if args.task else []
+    out = Path(args.out)
+    asked = [t.strip() for t in args.task.lower().split(",")] if args.task else []
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
         files, truth, parts = manifest(args.data, asked, args.seed)
@@ -800,7 +804,8 @@ def command_key(args, device):
     model = mt2.load(args.run, device)
     need("eq" in model.class_tokens, f"{args.run}: has no equivariant token, so it cannot tell keys")
     crops = tuple(range(2, 14))  # each of the twelve rotations once, so that no pitch class is preferred
-    in_c, found, away, windows = mt2.calibrate(model, device, crops), 0, [], []
+    in_c = mt2.calibrate(model, device, crops)
+    found, away, windows = 0, [], []  # files read; of labelled ones distance in fifths, right windows
     sheet = csv.writer(tqdm, lineterminator="")  # calls tqdm.write: a line above the bar
     if args.csv:
         sheet.writerow(("file", "major", "minor", "confidence"))
@@ -841,7 +846,7 @@ def command_figures(args, device):
     if "eq" in model.class_tokens:
         draw(out / "circle.png", circle_figure(model, waves))
 
-FLAGS = {  # * and +: so many of them; not part of the name
+FLAGS = {  # a * or + at the end (any number, at least one) is not part of the name
     "run": dict(help="run folder or model.pt"), "run*": dict(nargs="*", help="run folders or files model.pt"),
     "file": dict(help="sound file"), "file*": dict(nargs="*", help="sound files"),
     "file+": dict(nargs="+", help="sound files"),
@@ -860,7 +865,8 @@ FLAGS = {  # * and +: so many of them; not part of the name
 COMMANDS = {
     "table": (command_table, "run* --encoder --download --trust-remote-code"
                              " --data --task --mix --seed --out"),
-    "key": (command_key, "run file* --data --csv"), "embed": (command_embed, "run file+ --out"),
+    "key": (command_key, "run file* --data --csv"),
+    "embed": (command_embed, "run file+ --out"),
     "figures": (command_figures, "run file --out"),
     "ablation": (command_ablation, "--steps --seeds --data --task --mix --seed --out")}
 

@@ -922,16 +922,19 @@ def test_folders_that_may_not_be_read_are_named(songs, tmp_path, monkeypatch):
         AudioFolder(tmp_path).pair(0)  # not because of the folder
 
 
-def test_silent_passages_lost_files_and_links_in_circles_do_no_harm(tmp_path):
+def test_silent_passages_lost_files_and_links_in_circles_do_no_harm_and_linked_folders_are_read(tmp_path):
     late = torch.cat([torch.zeros(5 * 16000), tone([440], 10)[0]]).numpy()
-    for name in ("late.wav", "lost.wav"):
-        soundfile.write(tmp_path / name, late, 16000)
-    (tmp_path / "round").symlink_to(tmp_path)
-    folder = AudioFolder(tmp_path)
+    root, album = tmp_path / "music", tmp_path / "album"
+    for name in (root / "late.wav", album / "lost.wav"):
+        name.parent.mkdir()
+        soundfile.write(name, late, 16000)
+    (root / "round").symlink_to(root)
+    (root / "album").symlink_to(album)
+    folder = AudioFolder(root)
     assert len(folder) == 2
     with pytest.raises(ValueError, match="silent where it was read"):  # one silent segment is enough
-        folder.read(folder.files[0], 0.0, 0.99)
-    (tmp_path / "lost.wav").unlink()
+        folder.read(folder.files[1], 0.0, 0.99)
+    (album / "lost.wav").unlink()
     assert {folder.pair(i % 2, seeded(i)).shape for i in range(20)} == {(2, 64000)}
 
 
