@@ -598,8 +598,11 @@ REFERENCES = ("untrained", "log-mel", "chroma", "flux")  # and names that end in
 
 def ready(folder):
     """Make a folder for results, before the work; OSError if nothing can be written there."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from None
 
 def write(path, save):
     """Whatever save(open file) writes -> file, whole or not at all."""
@@ -644,7 +647,7 @@ def layers_figure(results):
                 handles[f"{system} {r}"], = ax.plot(*zip(*points), **style)
     ax = figure.add_subplot(height, width, 1 + len(tasks))
     ax.axis("off")
-    ax.legend(handles.values(), handles.keys(), loc="center", fontsize=7, frameon=False)
+    ax.legend(handles.values(), map(mt2.printable, handles), loc="center", fontsize=7, frameon=False)
     return figure
 
 def similarity_figure(model, waves):
@@ -715,6 +718,7 @@ def measure(models, others, args, device):
     """Probe models, an iterable of (name, seeds, model) that may train as it goes, and other systems, beside
     references; print and write results."""
     out = Path(args.out)
+    need(args.seed >= 0, f"--seed {args.seed}: at least 0")
     asked = [t.strip() for t in args.task.lower().split(",")] if args.task else []
     if args.data:
         need(asked, f"--data {args.data}: name the columns to predict, as in --task key,instrument")
@@ -788,7 +792,8 @@ def command_embed(args, device):
     """Every readout [layers, windows, dim] of 4 s windows, and their names and times [windows], as an npz."""
     out = Path(args.out or "features.npz")
     system = {("", ()): of_model(mt2.load(args.run, device), mt2.FrontEnd().to(device))}  # no name, no seeds
-    need(out.suffix == ".npz", f"--out {out}: must end in .npz, so that no song is replaced by mistake")
+    good = out.suffix == ".npz" and not out.is_dir()
+    need(good, f"--out {out}: must be a file that ends in .npz, so that no song is replaced by mistake")
     ready(out.parent)
     files = read_files(progress(args.file, "files"), frames=False)
     found, owner, now, _ = collect(system, files, device)
@@ -859,7 +864,7 @@ FLAGS = {  # a * or + at the end (any number, at least one) is not part of the n
     "--seed": dict(type=int, default=0, help="of the split into train and test, where the manifest has none"),
     "--steps": dict(type=int, default=400, help="training steps of each model"),
     "--seeds": dict(type=int, default=3, help="models of each kind"),
-    "--out": dict(help="folder to write to (else RUN, or RUN/MANIFEST); of embed: the npz file"),
+    "--out": dict(help="folder to write to (else RUN, RUN/MANIFEST, pictures, runs/ablation); embed: npz"),
     "--csv": dict(action="store_true", help="print a CSV table"),
     "--device": dict(default="auto", help="auto, cpu or cuda")}
 COMMANDS = {
@@ -885,7 +890,7 @@ def main(words):
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         sys.exit(f"probe: {(str(error) or type(error).__name__).splitlines()[0]}")
     except KeyboardInterrupt:
-        sys.exit("probe: stopped")
+        mt2.stop("probe: stopped")
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # names of files may hold what a screen cannot show

@@ -1344,6 +1344,14 @@ def test_ctrl_c_ends_a_run_and_its_workers_with_a_word_and_the_save_before_stand
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] % 20 == 0
 
 
+def test_workers_leave_ctrl_c_to_the_loop(tmp_path):
+    _, chunks = mt2.music_stream(tiny(tmp_path, workers=2), 0, torch.device("cpu"), 0, 20)
+    next(chunks)  # both are at work
+    for worker in chunks._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(chunks)) == 19
+
+
 def test_a_folder_where_another_run_is_at_work_is_refused(tmp_path):
     log = str(tmp_path / "log.csv")
     hold = f"import fcntl, sys; f = open({log!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
@@ -1614,7 +1622,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_said(more, tmp_path, c
 
 def test_a_run_that_ends_on_a_broken_step_keeps_the_save_before_and_says_so(tmp_path):
     interrupted(tiny(tmp_path / "cut", steps=3, save_every=1), 3)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="save before stands"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="earlier saves stand"):
         at_step(patch, nan_at(3))
         train(tiny(tmp_path / "nan", steps=3, save_every=1))
     assert torch.load(tmp_path / "nan" / "state.pt", weights_only=True)["step"] == 2
@@ -2245,7 +2253,8 @@ def test_of_a_long_file_only_the_start_is_read(tmp_path, monkeypatch):
 
 def test_an_ablation_refuses_its_flags_before_it_trains(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for *flags, said in (("--task", "smell", "smell"), ("--seeds", "0", "--seeds"), ("--data", "x.csv", "x")):
+    for *flags, said in (("--task", "smell", "smell"), ("--seeds", "0", "--seeds"), ("--data", "x.csv", "x"),
+                         ("--seed", "-1", "--seed -1: at least 0")):
         assert said in probe_main(capsys, "ablation", *flags)
     assert not list(tmp_path.iterdir())
 
@@ -2481,8 +2490,13 @@ def test_a_run_that_is_not_there_leaves_no_folder_behind(command, out, small_run
 def test_ctrl_c_ends_a_probe_in_one_line(small_run, capsys, monkeypatch):
     def interrupt(path):
         raise KeyboardInterrupt
+    killed = []
     monkeypatch.setattr(probe, "cut", interrupt)
-    assert probe_main(capsys, "key", small_run / "run", small_run / "song0.wav") == "probe: stopped"
+    monkeypatch.setattr(signal, "raise_signal", killed.append)
+    probe.main(["key", str(small_run / "run"), str(small_run / "song0.wav")])
+    at_end = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert at_end == signal.SIG_DFL and killed == [signal.SIGINT]  # so that a shell's loop stops as well
+    assert capsys.readouterr().err.splitlines()[-1] == "probe: stopped"
 
 
 def test_any_callable_is_an_encoder(small_run, short_probe, capsys, monkeypatch):
@@ -2677,6 +2691,21 @@ def test_what_cannot_be_written_is_named_and_leaves_no_half_file(tmp_path):
     assert files_of(tmp_path) == {"a.json": b"old"}
 
 
+def test_a_place_where_nothing_can_be_written_is_named_with_a_remedy(tmp_path):
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(OSError, match=r"--out .*file: cannot be written \(File exists\); name another"):
+        probe.ready(tmp_path / "file")
+    with pytest.raises(OSError, match=r"file/run/log.csv: cannot be written \(Not a dir.*; name another --out"):
+        mt2.open_log(tmp_path / "file" / "run" / "log.csv", ("step",), 0)
+
+
+def test_names_of_runs_need_not_be_text_to_be_drawn(tmp_path):
+    row = dict(encoder="runs/\udcff", task="key", readout="eq", layer=0, metric="accuracy", value=0.5, std=0.1,
+               valid_loss=1.0)
+    probe.draw(tmp_path / "layers.png", probe.layers_figure([row, row | {"layer": 1}]))
+    assert (tmp_path / "layers.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("header", ["path, split,key", "path,Split ,key", " path,SPLIT,key "])
 def test_a_split_is_respected_however_its_header_is_written(header, small_run):
     rows = [f"song{i}.wav,{part},C major" for i, part in enumerate(("test", "train", "valid"))]
@@ -2745,7 +2774,10 @@ def test_embed_replaces_only_npz(small_run, capsys):
     song = small_run / "song0.wav"
     before = song.read_bytes()
     said = probe_main(capsys, "embed", small_run / "run", small_run / "song1.wav", "--out", song)
-    assert "must end in .npz" in said and song.read_bytes() == before
+    assert "ends in .npz" in said and song.read_bytes() == before
+    (small_run / "folder.npz").mkdir()
+    said = probe_main(capsys, "embed", small_run / "run", song, "--out", small_run / "folder.npz")
+    assert "must be a file that ends in .npz" in said
 
 
 def test_key_names_a_broken_song_goes_on_and_ends_with_an_error(small_run, capsys):
