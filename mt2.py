@@ -1215,9 +1215,11 @@ def keep_memory():
         mallopt(-4, 0)            # M_MMAP_MAX: take no memory from outside the heap
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give none of it back
 
-def ignore_ctrl_c(worker):
-    """Workers leave Ctrl-C to the loop, which ends them: one hit within its queue could live on for ever."""
+def end_with_the_loop(worker):
+    """In a worker: Ctrl-C is for the loop alone, as a worker that it hits within its queue may never end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: at once; torch itself takes 5 s
 
 def music_stream(c, rank, device, first, end):
     """-> the run's Stream, and an iterator over its chunks from `first` to before `end`, made by workers."""
@@ -1235,7 +1237,7 @@ def music_stream(c, rank, device, first, end):
         keep_memory()
     stream = Stream(c, rank)
     return stream, iter(DataLoader(stream, batch_size=None, sampler=range(first, end), num_workers=workers,
-                                   worker_init_fn=ignore_ctrl_c))
+                                   worker_init_fn=end_with_the_loop))
 
 def train(config):
     """Train as `config` says -> the run folder. The same call again goes on where the last one stopped.

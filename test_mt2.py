@@ -1352,6 +1352,25 @@ def test_workers_leave_ctrl_c_to_the_loop(tmp_path):
     assert len(list(chunks)) == 19
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's own watch ends workers, after seconds")
+def test_workers_end_at_once_with_a_loop_that_is_killed(tmp_path):
+    loop = ("import os, torch, mt2; config = mt2.Config(workers=2, fresh=2)\n"
+            "chunks = mt2.music_stream(config, 0, torch.device('cpu'), 0, 1000)[1]; next(chunks)\n"
+            "print(*(w.pid for w in chunks._workers), flush=True); os.kill(os.getpid(), 9)")
+    job = python("-c", loop, cwd=HERE)
+    workers = [Path("/proc", pid, "stat") for pid in job.stdout.readline().split()]
+    job.wait()
+
+    def ended(stat):
+        with contextlib.suppress(OSError):  # gone
+            return stat.read_text().rsplit(")")[-1].split()[0] == "Z"
+        return True
+    begin = time.time()
+    while not all(map(ended, workers)) and time.time() < begin + 3:
+        time.sleep(0.05)
+    assert len(workers) == 2 and all(map(ended, workers))
+
+
 def test_a_folder_where_another_run_is_at_work_is_refused(tmp_path):
     log = str(tmp_path / "log.csv")
     hold = f"import fcntl, sys; f = open({log!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
