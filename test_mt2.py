@@ -1353,7 +1353,7 @@ def test_workers_leave_ctrl_c_to_the_loop(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's own watch ends workers, after seconds")
-def test_workers_end_at_once_with_a_loop_that_is_killed(tmp_path):
+def test_workers_end_at_once_with_a_loop_that_is_killed():
     loop = ("import os, torch, mt2; config = mt2.Config(workers=2, fresh=2)\n"
             "chunks = mt2.music_stream(config, 0, torch.device('cpu'), 0, 1000)[1]; next(chunks)\n"
             "print(*(w.pid for w in chunks._workers), flush=True); os.kill(os.getpid(), 9)")
