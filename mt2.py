@@ -1228,7 +1228,7 @@ def music_stream(c, rank, device, first, end):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    # the loop needs a core; 12: two chunks of each (MT2: 1.4 MB) fit into a container's 64 MB of shared memory
+    # the loop needs a core; 12: two chunks of each (MT2: 1.4 MB) fit a container's 64 MB of shared memory
     spare = cores // 2 if device.type == "cpu" else min(cores - 1, 12)
     workers = max(1, spare) if c.workers < 0 else c.workers  # 0: music is made between the steps
     # with more threads than free cores a step takes up to ten times as long (measured on CPU)
