@@ -5,6 +5,7 @@ As a script, python test_mt2.py prints benchmark tables instead: this code again
 import ast
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import io
@@ -3036,13 +3037,91 @@ def benchmark_vqt(device):
         race("VQT of 32 clips of 4 s, 99 bins", calls, repeats=9)
 
 
+def triton_nt_xent():
+    """NT-Xent with its inner loops in Triton: a rival, kept out of mt2.py until a GPU has shown its gain.
+
+    Each program walks over all columns for a few rows; only row sums and gradients are written. The width
+    of z must be a power of two, at least 16. tf32x3: three products on tensor cores, nearly float32."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def row_sums(z, sums, scale, n: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        row, p = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
+        z_i = tl.load(z + row[:, None] * P + p, mask=row[:, None] < n, other=0.0)  # [ROWS, P]
+        total = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, n, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            z_j = tl.load(z + column[:, None] * P + p, mask=column[:, None] < n, other=0.0)  # [COLUMNS, P]
+            e = tl.exp(scale * (tl.dot(z_i, tl.trans(z_j), input_precision="tf32x3") - 1))
+            total += tl.sum(tl.where((row[:, None] != column) & (column < n), e, 0.0), 1)
+        tl.store(sums + row, total, mask=row < n)
+
+    @triton.jit
+    def gradient(z, inverse, dz, scale, n: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr):
+        row, p = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
+        z_i = tl.load(z + row[:, None] * P + p, mask=row[:, None] < n, other=0.0)
+        inverse_i = tl.load(inverse + row, mask=row < n, other=0.0)
+        total = tl.zeros((ROWS, P), tl.float32)
+        for start in range(0, n, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            z_j = tl.load(z + column[:, None] * P + p, mask=column[:, None] < n, other=0.0)
+            inverse_j = tl.load(inverse + column, mask=column < n, other=0.0)
+            e = tl.exp(scale * (tl.dot(z_i, tl.trans(z_j), input_precision="tf32x3") - 1))
+            g = tl.where(row[:, None] == column, 0.0, (inverse_i[:, None] + inverse_j) * e)  # S + S^T
+            total += tl.dot(g, z_j, input_precision="tf32x3")
+        tl.store(dz + row[:, None] * P + p, total, mask=row[:, None] < n)
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z, t, tile):
+            sums, ctx.t, ctx.tile = z.new_empty(len(z)), t, tile
+            row_sums[triton.cdiv(len(z), tile[0]),](z, sums, 1 / t, *z.shape, *tile)
+            ctx.save_for_backward(z, sums)
+            a, b = z.chunk(2)
+            return sums.log().mean() + (1 - (a * b).sum(1).mean()) / t
+
+        @staticmethod
+        def backward(ctx, grad):
+            z, sums = ctx.saved_tensors
+            dz, tile = torch.empty_like(z), ctx.tile
+            gradient[triton.cdiv(len(z), tile[0]),](z, 1 / sums, dz, 1 / ctx.t, *z.shape, *tile)
+            return grad / (len(z) * ctx.t) * (dz - 2 * z.roll(len(z) // 2, 0)), None, None
+    return lambda a, b, t=0.1, tile=(64, 64): Loss.apply(F.normalize(torch.cat([a, b])), t, tile)
+
+
+TRITON = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"  # runs kernels without a GPU
+import torch, test_mt2
+for B, P, t, tile in ((2, 16, 0.1, (64, 64)), (37, 32, 0.5, (64, 32)), (100, 16, 0.1, (64, 64))):
+    a, b = (test_mt2.noise(B, P, seed=s).requires_grad_() for s in (0, 1))
+    theirs, plain = test_mt2.triton_nt_xent()(a, b, t, tile), test_mt2.autograd_nt_xent(a, b, t)
+    torch.testing.assert_close(theirs, plain)
+    torch.testing.assert_close(torch.autograd.grad(theirs, (a, b)), torch.autograd.grad(plain, (a, b)))
+"""
+
+
+def test_the_triton_version_that_the_benchmark_times_equals_the_formula():
+    pytest.importorskip("triton")  # comes with torch on Linux
+    done = python("-c", TRITON, cwd=HERE)
+    complaint = done.communicate()[1]
+    assert done.returncode == 0, complaint
+
+
 def benchmark_losses(device):
-    lightly, metric = installed("lightly.loss"), installed("pytorch_metric_learning.losses")
+    lightly, metric, triton = map(installed, ("lightly.loss", "pytorch_metric_learning.losses", "triton"))
     for B in (128, 512, 1024, 4096):
         a, b = (noise(B, 128, seed=s).to(device).requires_grad_() for s in (0, 1))
         losses = {"mt2.nt_xent": lambda a, b: nt_xent(a, b, 0.1), "naive formula": autograd_nt_xent}
         if lightly:
             losses["lightly NTXentLoss"] = lightly.NTXentLoss(temperature=0.1)
+        for tile in ((64, 64), (64, 32), (32, 32)) if triton and device.type == "cuda" else ():
+            rival = functools.partial(triton_nt_xent(), tile=tile)
+            with contextlib.suppress(triton.OutOfResources):  # a tile too large for this GPU is left out
+                torch.autograd.grad(rival(a, b), (a, b))
+                losses[f"in Triton, tiles {tile}"] = rival
         calls = {name: lambda f=f: torch.autograd.grad(f(a, b), (a, b)) for name, f in losses.items()}
         repeats = 3 if B > 2000 else 9 if B > 200 else 49
         race(f"NT-Xent forward and backward, B = {B}, width 128", calls, repeats)
