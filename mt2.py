@@ -862,8 +862,6 @@ class AudioFolder(Dataset):
     def __init__(self, root, seconds=SECONDS, gap=30.0):
         self.root, self.seconds, self.gap = Path(root), seconds, gap
         self.skipped, self.unopened = {}, set()  # {file: reason}, for the user; those not to open again
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{root}: no such folder; give a folder of wav, flac, ogg or mp3 files")
         self.files, seen = [], set()
         unreadable = lambda error: self.skipped.update({printable(error.filename): brief(error)})
         for folder, below, names in os.walk(root, onerror=unreadable, followlinks=True):
@@ -874,8 +872,8 @@ class AudioFolder(Dataset):
             self.files += [os.path.join(folder, n) for n in names if n.lower().endswith(self.SUFFIXES)]
         self.files.sort()
         if not self.files:
-            why = "; ".join([f"no file here ends in {', '.join(self.SUFFIXES)}", *self.skipped.values()])
-            raise FileNotFoundError(f"{root}: {why[:200]}")
+            why = "; ".join([f"name a folder of {', '.join(self.SUFFIXES)} files", *self.skipped.values()])
+            raise FileNotFoundError(f"{root}: no music here; {why[:200]}")
 
     def __len__(self):
         return len(self.files)

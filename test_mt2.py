@@ -393,8 +393,12 @@ def test_every_valid_model_has_its_shapes(tasks, inputs):
     for wave in (np.zeros((1, 64000)), torch.zeros(1, 64000, dtype=torch.int16)):
         with pytest.raises(ValueError, match="floating-point"):
             net(wave)
+    tune = TUNe(tiny(encoder="tune"))
+    for shape in ((64000,), (1, 64001), (1, 0), (1, 1, 64000), (0, 64000)):
+        with pytest.raises(ValueError, match="TUNe takes waves"):
+            tune(torch.zeros(shape))
     with pytest.raises(ValueError, match="TUNe takes waves .* in floating point, not .*int16"):
-        TUNe(tiny(encoder="tune"))(torch.zeros(1, 64000, dtype=torch.int16))
+        tune(torch.zeros(1, 64000, dtype=torch.int16))
 
 
 @pytest.mark.parametrize("kind, most", [(torch.float16, 0.01), (torch.bfloat16, 0.1), (torch.float64, 1e-3)])
@@ -916,8 +920,9 @@ def test_folders_that_may_not_be_read_are_named(songs, tmp_path, monkeypatch):
     folder = AudioFolder(tmp_path)
     (name, why), = folder.skipped.items()
     assert len(folder) == 1 and name == str(tmp_path / "closed") and "Permission denied" in why
-    with pytest.raises(FileNotFoundError, match="closed: no file here ends in .wav.*Permission denied"):
-        AudioFolder(tmp_path / "closed")
+    for name, why in (("closed", "Permission denied"), ("0.wav", "Not a directory"), ("x", "No such file")):
+        with pytest.raises(FileNotFoundError, match=f"{name}: no music here; name a folder of .wav, .*{why}"):
+            AudioFolder(tmp_path / name)
     (tmp_path / "0.wav").write_text("words")
     with pytest.raises(RuntimeError, match="none of 1 files can be used; .*0.wav: not a sound"):
         AudioFolder(tmp_path).pair(0)  # not because of the folder
@@ -1073,6 +1078,9 @@ def test_the_verdict_depends_on_fork_equivariance_and_offset():
     for name in ("fork", "equivariance"):
         assert "begins to rotate" in verdict(good | {name: 0.6}) and "SHORTCUT" in verdict(good | {name: 0.4})
     assert "SHORTCUT" in verdict(good | {"follows_offset": 0.4})
+    unknown = good | {"exact": math.nan, "fifth": math.nan}  # a folder of music has no labels
+    assert verdict(unknown).endswith("offset alone 0.10)")
+    assert "few keys" in verdict(unknown | {"fork": 0.4}) and "few keys" not in verdict(good | {"fork": 0.4})
 
 
 # ---- The loop --------------------------------------------------------------------------------------------
@@ -1200,6 +1208,9 @@ def test_same_seed_same_run_other_seed_other_run_and_a_finished_run_is_left_alon
     assert_equal_runs(run, unbroken)
     assert abs(log_of(train(tiny(tmp_path / "other", seed=1, steps=1)))[0, 1] - log_of(run)[0, 1]) > 1e-3
     assert train(tiny(unbroken)) == unbroken and files_of(unbroken) == before
+    (run / "model.pt").unlink()  # as after a kill before it was ever written
+    train(tiny(run))
+    assert_equal_runs(run, unbroken)
 
 
 @pytest.mark.parametrize("step", [3, 5, 8])
@@ -1424,11 +1435,11 @@ def test_somebody_elses_log_is_refused_and_untouched(tmp_path):
 
 
 def test_a_log_is_cut_back_to_whole_rows_up_to_the_last_save(tmp_path):
-    head, kept = "step,loss\n", "step,loss\n1,0.5\n2,0.4\n"
-    broken = ("", "3", "3,0.3", "2\n", "4,0.2\n", "\0\0\n3,0.3\n")  # 3 is the last save
-    for text, left in (("", head), (kept + "3,\n", kept + "3,\n"), *((kept + more, kept) for more in broken)):
+    head, kept = "step,loss\n", "step,loss\n9,0.5\n10,0.4\n"
+    broken = ("", "11", "11,0.3", "10\n", "12,0.2\n", "\0\0\n11,0.3\n")  # 11 is the last save
+    for text, left in (("", head), (kept + "11,\n", kept + "11,\n"), *((kept + x, kept) for x in broken)):
         (tmp_path / "log.csv").write_text(text)
-        mt2.open_log(tmp_path / "log.csv", ("step", "loss"), 3).close()
+        mt2.open_log(tmp_path / "log.csv", ("step", "loss"), 11).close()
         assert (tmp_path / "log.csv").read_text() == left, text
 
 
@@ -1457,6 +1468,8 @@ def test_what_does_not_change_the_result_may_differ_and_a_model_alone_is_not_ove
         train(tiny(tmp_path))
     run = train(tiny(tmp_path / "next", init=str(unbroken), data=str(songs), steps=1))
     assert mt2.resume(tiny(run, init=f"{unbroken}/", data=f"{songs}/", steps=1), run)["step"] == 1
+    with pytest.raises(ValueError, match="holds a run with data = .*songs"):
+        mt2.resume(tiny(run, init=str(unbroken), data=str(tmp_path), steps=1), run)
 
 
 class Hostile:
