@@ -1203,11 +1203,14 @@ def test_a_saved_model_loads_as_it_was_and_may_start_another_run(unbroken, tmp_p
     assert load(tmp_path / "v1.pt").config == net.config  # a run folder may have such a name
 
 
-def test_same_seed_same_run_other_seed_other_run_and_a_finished_run_is_left_alone(unbroken, tmp_path):
+def test_same_seed_same_run_other_seed_other_run_and_a_finished_run_is_left_alone(
+        unbroken, tmp_path, capsys):
     run, before = train(tiny(tmp_path / "same")), files_of(unbroken)
     assert_equal_runs(run, unbroken)
     assert abs(log_of(train(tiny(tmp_path / "other", seed=1, steps=1)))[0, 1] - log_of(run)[0, 1]) > 1e-3
+    capsys.readouterr()
     assert train(tiny(unbroken)) == unbroken and files_of(unbroken) == before
+    assert capsys.readouterr().out == f"{unbroken}: already trained for all of its 8 steps\n"
     (run / "model.pt").unlink()  # as after a kill before it was ever written
     train(tiny(run))
     assert_equal_runs(run, unbroken)
@@ -1648,7 +1651,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_said(more, tmp_path, c
         patch.setattr(mt2, "losses", lambda net, *rest: seen.append(
             torch.cat([x.flatten() for x in net.state_dict().values()])) or real(net, *rest))
         run = train(tiny(tmp_path, steps=4, save_every=1, **more))
-    assert re.search("step 3: .*not finite", "".join(capsys.readouterr())) and len(log_of(run)) == 4
+    terms = "nt_xent" if more else "nt_xent, cpsd"
+    said = "".join(capsys.readouterr())
+    assert f"step 3: {terms} is not finite, update skipped (1 in a row)" in said and len(log_of(run)) == 4
     before, third, after = seen[1:]  # before the second, third and fourth step
     assert torch.equal(third, after) and not torch.equal(before, third)
 
@@ -1660,6 +1665,13 @@ def test_a_run_that_ends_on_a_broken_step_keeps_the_save_before_and_says_so(tmp_
         train(tiny(tmp_path / "nan", steps=3, save_every=1))
     assert torch.load(tmp_path / "nan" / "state.pt", weights_only=True)["step"] == 2
     assert_close(weights(tmp_path / "nan"), weights(tmp_path / "cut"), rtol=0, atol=0)
+
+
+def test_a_gradient_that_is_not_finite_is_told_from_a_loss(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mt2.nn.utils, "clip_grad_norm_", lambda *given: torch.tensor(math.inf))
+    with pytest.raises(FloatingPointError):
+        train(tiny(tmp_path, steps=1))
+    assert "step 1: the gradient is not finite" in capsys.readouterr().out
 
 
 def test_ten_broken_steps_in_a_row_stop_the_run_with_a_good_save(tmp_path):
@@ -2273,9 +2285,10 @@ def test_without_an_event_in_validation_the_surest_peak_alone_is_an_event():
 
 
 @pytest.mark.parametrize("seconds, windows", [(1, 1), (4.9, 1), (5.1, 2), (8, 2)])
-def test_a_rest_shorter_than_a_quarter_of_a_window_is_dropped(seconds, windows, tmp_path):
+def test_a_rest_shorter_than_a_quarter_of_a_window_is_dropped(seconds, windows, tmp_path, capsys):
     soundfile.write(tmp_path / "x.wav", tone([440], seconds)[0].numpy(), 16000)
     assert probe.cut(tmp_path / "x.wav").shape == (windows, 64000)
+    assert ("x.wav: shorter than 4 s, padded" in capsys.readouterr().err) == (seconds < 4)
 
 
 def test_of_a_long_file_only_the_start_is_read(tmp_path, monkeypatch):
@@ -2464,8 +2477,12 @@ def test_a_key_may_be_spelt_in_any_way(text, key, tmp_path):
     assert probe.parse("key", text, tmp_path, None) == {key}
 
 
+def test_spaces_around_tags_and_empty_tags_do_not_count(tmp_path):
+    assert probe.parse("tags", "very slow | loud|", tmp_path, None) == {"very slow", "loud"}
+
+
 def test_events_that_are_not_quite_in_order_are_sorted(tmp_path):
-    (tmp_path / "a.beats").write_text("0.5\t1\n2.0 2 down\n1.9995\n3.0\n")  # not all have a position
+    (tmp_path / "a.beats").write_text("0.5\t1\n2.0 2 down\n1.9995\n\n3.0\n")  # not all have a position
     soundfile.write(tmp_path / "a.wav", noise(64000).numpy() / 9, 16000)
     for sound in ("a.wav", "lost.wav"):  # what cannot be opened is named later, when it is read
         assert probe.parse("beat", "a.beats", tmp_path, tmp_path / sound).tolist() == [0.5, 1.9995, 2, 3]
@@ -2551,6 +2568,20 @@ def test_any_callable_is_an_encoder(small_run, short_probe, capsys, monkeypatch)
         ("key", "seq_avg", 0), ("key", "seq_avg", 1), ("chord", "seq", 0), ("chord", "seq", 1)}
 
 
+def test_a_mixture_of_layers_has_rows_of_its_own_and_its_weights_are_printed(small_run, short_probe, capsys):
+    out = small_run / "mix"
+    said = probe_main(capsys, small_run / "run", "--mix", "--task", "key,onset", "--out", out)
+    rows = [row for row in json.loads((out / "results.json").read_text()) if row["readout"].endswith(" mix")]
+    names = {str(small_run / "run"), "untrained"}  # references have one layer, attention's curves no probe
+    assert {(r["encoder"], r["task"], r["readout"]) for r in rows} == {
+        (name, task, f"{readout} mix") for name in names
+        for task, readout in (*(("key", r) for r in probe.READOUTS), ("onset", "seq"))}
+    assert {row["layer"] for row in rows} == {0} and all(row["value"] is not None for row in rows)
+    weights = [line.split(": ")[1].split() for line in said.splitlines() if line.startswith("layers of ")]
+    assert len(weights) == 2 * 2 * 6  # systems, seeds, readouts
+    assert all(len(w) == 2 and sum(map(float, w)) == pytest.approx(1, abs=0.02) for w in weights)
+
+
 def test_an_encoder_may_yield_its_layers_and_a_module_is_frozen(monkeypatch):
     cut = lambda wave: wave.view(len(wave), -1, 500)
     module = torch.nn.Dropout()
@@ -2603,7 +2634,7 @@ class Foreign(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, **how):
-        assert Path(folder).is_dir() and not how.get("trust_remote_code")
+        assert Path(folder).is_dir() and not how.get("trust_remote_code"), "trusted"
         return cls()
 
     def forward(self, wave, output_hidden_states=False):
@@ -2641,6 +2672,8 @@ def test_foreign_encoders_are_called_as_their_packages_want_and_give_every_layer
     assert found["seq_avg"].shape == (4, 2, 8) and found["seq"].shape == (4, 2, 126, 8)
     assert_close(found["seq"][3], 4 * found["seq"][0])
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # a folder asks no network
+    with pytest.raises(ValueError, match="trusted") if kind == "mert" else contextlib.nullcontext():
+        probe.of_package(f"{kind}:{tmp_path}", "cpu", trust=True)
 
 
 @pytest.mark.parametrize("kind, module, remedy", [
