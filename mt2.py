@@ -1068,7 +1068,7 @@ def losses(model, batch, g, encode=None):
     encode = encode or model.encode
     if c.encoder == "tune":
         with autocast(dev):
-            z = encode(batch[0].float().transpose(0, 1).flatten(0, 1))  # [2B, P]: all A, then all B
+            z = encode(batch[0].transpose(0, 1).flatten(0, 1))  # [2B, P]: all A, then all B
         return {"nt_xent": nt_xent(*z.chunk(2), c.temperature)}
 
     def views(n, n_frames):

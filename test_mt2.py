@@ -449,6 +449,13 @@ def test_sequence_tokens_are_the_mean_of_both_passes_and_without_hiding_there_is
     assert (paid["eq"] - paid["con"]).abs().max() > 1e-5  # each its own row of one map
 
 
+@pytest.mark.parametrize("hide_mel", [0, 1])
+@pytest.mark.parametrize("tasks, inputs", [("eq,con", "mel,vqt"), ("eq", "mel,vqt"), ("eq", "vqt")])
+def test_pitch_alone_is_the_y_of_the_whole_model(tasks, inputs, hide_mel):
+    net, wave = model(tasks=tasks, inputs=inputs, hide_mel=hide_mel), noise(2, 64000)
+    assert_close(net.pitch(wave)[0], net(wave).y, rtol=1e-4, atol=1e-6)
+
+
 def test_an_offset_is_an_int_or_one_per_clip_and_the_middle_by_default():
     net, wave = model(), noise(2, 64000)
     y = net(wave, torch.tensor([3, 8])).y
@@ -1192,6 +1199,8 @@ def test_a_saved_model_loads_as_it_was_and_may_start_another_run(unbroken, tmp_p
     net = load(unbroken)
     assert not net.training and load(unbroken / "model.pt")(noise(1, 64000)).y.isfinite().all()
     assert all(torch.equal(value, weights(unbroken)[name]) for name, value in net.state_dict().items())
+    assert not any(name.startswith("front_end.vqt") for name in net.state_dict())  # it is computed anew
+    assert load(unbroken, "meta").cls.is_meta  # on the device that was asked for
     run = train(tiny(tmp_path / "next", init=str(unbroken), steps=1, lr=1e-9))
     assert_close(dict(load(run).named_parameters()), dict(net.named_parameters()), rtol=1e-4, atol=1e-6)
     nothing = tmp_path / "nothing"
@@ -1991,6 +2000,7 @@ def test_the_command_trains_on_odd_names_says_what_it_does_and_refuses_in_one_li
     said, errors = first.communicate(timeout=100)
     assert first.returncode == 0 and "Traceback" not in errors, errors
     assert all(part in said for part in ("parameters", "nt_xent 1.95", "caf", "step 8: skipped 1 files"))
+    assert said.endswith("run/model.pt is trained; what it knows: python probe.py run\n")
     assert len(log_of(tmp_path / "run")) == 8
     said, errors = second.communicate(timeout=100)
     assert second.returncode == 1 and said == "" and re.fullmatch("mt2: --batch 1: .*\n", errors)
@@ -2672,6 +2682,8 @@ def test_foreign_encoders_are_called_as_their_packages_want_and_give_every_layer
     assert found["seq_avg"].shape == (4, 2, 8) and found["seq"].shape == (4, 2, 126, 8)
     assert_close(found["seq"][3], 4 * found["seq"][0])
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # a folder asks no network
+    with pytest.raises(ValueError, match="no such folder; or add --download"):
+        probe.of_package(f"{kind}:{tmp_path}/nowhere", "cpu")
     with pytest.raises(ValueError, match="trusted") if kind == "mert" else contextlib.nullcontext():
         probe.of_package(f"{kind}:{tmp_path}", "cpu", trust=True)
 
@@ -2769,6 +2781,14 @@ def test_a_place_where_nothing_can_be_written_is_named_with_a_remedy(tmp_path):
         probe.ready(tmp_path / "file")
     with pytest.raises(OSError, match=r"run/log.csv: cannot be written \(Not a dir.*; name another --out"):
         mt2.open_log(tmp_path / "file" / "run" / "log.csv", ("step",), 0)
+
+
+def test_an_error_without_words_is_named_by_its_kind(monkeypatch, capsys):
+    def fail(name):
+        raise OSError
+    monkeypatch.setattr(mt2, "pick_device", fail)
+    assert run_main(monkeypatch, capsys) == ("mt2: OSError", ["mt2: OSError"])
+    assert probe_main(capsys, "key", "run", "song.wav") == "probe: OSError"
 
 
 def test_names_of_runs_need_not_be_text_to_be_drawn(tmp_path):
