@@ -1148,9 +1148,6 @@ def load(path, device="cpu"):
 
 def resume(config, out):
     """-> the state that `out` holds of this very run, None for a new one; refuses anything else."""
-    for path in (out, *out.parents):
-        free = path.is_dir() or not os.path.lexists(path)
-        need(free, f"--out {out}: {path} is a file or a dead link; name a folder")
     if not (out / "state.pt").exists():
         alone = (out / "model.pt").exists()
         need(not alone, f"--out {out}: holds model.pt but no state.pt; name another folder")

@@ -360,6 +360,7 @@ def test_tune_has_the_published_size_its_stages_and_one_embedding_per_clip(expan
 def test_tune_hears_the_middle_59049_samples_alone():
     net, waves = TUNe(tiny(encoder="tune")).eval(), noise(2, 64000)
     assert torch.equal(net(F.pad(waves[:, 2475:61524], (2475, 2476))), net(waves))
+    assert torch.equal(net(waves[:, :20000]), net(F.pad(waves[:, :20000], (0, 39049))))  # the rest is silence
 
 
 def test_tunes_expansion_is_joined_with_the_contraction_and_its_tail_with_the_expansion():
@@ -899,6 +900,11 @@ def test_an_item_follows_the_random_state_of_torch(zoo):
         torch.manual_seed(seed)
         items.append(folder[index])
     assert torch.equal(items[0], items[1]) and not torch.equal(items[0], items[2])
+
+
+def test_what_is_louder_than_full_scale_is_clipped(tmp_path):
+    soundfile.write(tmp_path / "loud.wav", 5 * tone([100], 5)[0].numpy(), 16000, subtype="FLOAT")
+    assert AudioFolder(tmp_path)[0].abs().max() == 1
 
 
 def test_channels_are_mixed_to_mono(tmp_path):
@@ -1674,6 +1680,15 @@ def test_a_run_that_ends_on_a_broken_step_keeps_the_save_before_and_says_so(tmp_
         train(tiny(tmp_path / "nan", steps=3, save_every=1))
     assert torch.load(tmp_path / "nan" / "state.pt", weights_only=True)["step"] == 2
     assert_close(weights(tmp_path / "nan"), weights(tmp_path / "cut"), rtol=0, atol=0)
+
+
+def test_a_script_may_have_started_its_processes_itself(unbroken, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    mt2.dist.init_process_group("gloo", store=mt2.dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert_equal_runs(train(tiny(tmp_path / "run")), unbroken)
+    finally:
+        mt2.dist.destroy_process_group()
 
 
 def test_a_gradient_that_is_not_finite_is_told_from_a_loss(tmp_path, monkeypatch, capsys):
