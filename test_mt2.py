@@ -326,6 +326,10 @@ def test_extreme_sound_gives_finite_features_from_0_to_1_and_silence_0(name):
     assert all(x.isfinite().all() for x in model()(wave))
 
 
+def test_decibels_end_at_minus_160():
+    assert VQT().decibels(torch.zeros(1, 64000)).unique().tolist() == [-160]
+
+
 def test_clips_do_not_depend_on_their_batch():
     waves, net = torch.stack([0.001 * noise(64000), EXTREME["silence"], EXTREME["full scale"]]), model()
     mel = lambda w: unit_range(mt2.FrontEnd()(w)[0])
@@ -904,7 +908,8 @@ def test_an_item_follows_the_random_state_of_torch(zoo):
 
 def test_what_is_louder_than_full_scale_is_clipped(tmp_path):
     soundfile.write(tmp_path / "loud.wav", 5 * tone([100], 5)[0].numpy(), 16000, subtype="FLOAT")
-    assert AudioFolder(tmp_path)[0].abs().max() == 1
+    pair = AudioFolder(tmp_path)[0]
+    assert pair.abs().max() == 1 and pair.dtype == torch.float32
 
 
 def test_channels_are_mixed_to_mono(tmp_path):
