@@ -5,7 +5,6 @@ As a script, python test_mt2.py prints benchmark tables instead: this code again
 import ast
 import contextlib
 import dataclasses
-import functools
 import gc
 import importlib
 import io
@@ -367,6 +366,15 @@ def test_tune_hears_the_middle_59049_samples_alone():
     assert torch.equal(net(waves[:, :20000]), net(F.pad(waves[:, :20000], (0, 39049))))  # the rest is silence
 
 
+def test_tune_refuses_what_is_no_batch_of_waves():
+    net = TUNe(tiny(encoder="tune"))
+    for shape in ((64000,), (1, 64001), (1, 0), (1, 1, 64000), (0, 64000)):
+        with pytest.raises(ValueError, match="TUNe takes waves"):
+            net(torch.zeros(shape))
+    with pytest.raises(ValueError, match="TUNe takes waves .* in floating point, not .*int16"):
+        net(torch.zeros(1, 64000, dtype=torch.int16))
+
+
 def test_tunes_expansion_is_joined_with_the_contraction_and_its_tail_with_the_expansion():
     net, given, made = TUNe(tiny(encoder="tune")).eval(), {}, {}
     for name in ("down", "join", "tail"):
@@ -398,12 +406,6 @@ def test_every_valid_model_has_its_shapes(tasks, inputs):
     for wave in (np.zeros((1, 64000)), torch.zeros(1, 64000, dtype=torch.int16)):
         with pytest.raises(ValueError, match="floating-point"):
             net(wave)
-    tune = TUNe(tiny(encoder="tune"))
-    for shape in ((64000,), (1, 64001), (1, 0), (1, 1, 64000), (0, 64000)):
-        with pytest.raises(ValueError, match="TUNe takes waves"):
-            tune(torch.zeros(shape))
-    with pytest.raises(ValueError, match="TUNe takes waves .* in floating point, not .*int16"):
-        tune(torch.zeros(1, 64000, dtype=torch.int16))
 
 
 @pytest.mark.parametrize("kind, most", [(torch.float16, 0.01), (torch.bfloat16, 0.1), (torch.float64, 1e-3)])
@@ -3123,11 +3125,12 @@ def benchmark_vqt(device):
         race("VQT of 32 clips of 4 s, 99 bins", calls, repeats=9)
 
 
-def triton_nt_xent():
+def triton_nt_xent(tile):
     """NT-Xent with its inner loops in Triton: a rival, kept out of mt2.py until a GPU has shown its gain.
 
-    Each program walks over all columns for a few rows; only row sums and gradients are written. The width
-    of z must be a power of two, at least 16. tf32x3: three products on tensor cores, nearly float32."""
+    tile: rows of a program, and columns that it takes at a time; it walks over all, and writes only row sums
+    or gradients. The width of z must be a power of two, at least 16. tf32x3: three products on tensor cores,
+    nearly float32."""
     import triton
     import triton.language as tl
 
@@ -3161,8 +3164,8 @@ def triton_nt_xent():
 
     class Loss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, z, t, tile):
-            sums, ctx.t, ctx.tile = z.new_empty(len(z)), t, tile
+        def forward(ctx, z, t):
+            sums, ctx.t = z.new_empty(len(z)), t
             row_sums[triton.cdiv(len(z), tile[0]),](z, sums, 1 / t, *z.shape, *tile)
             ctx.save_for_backward(z, sums)
             a, b = z.chunk(2)
@@ -3171,10 +3174,10 @@ def triton_nt_xent():
         @staticmethod
         def backward(ctx, grad):
             z, sums = ctx.saved_tensors
-            dz, tile = torch.empty_like(z), ctx.tile
+            dz = torch.empty_like(z)
             gradient[triton.cdiv(len(z), tile[0]),](z, 1 / sums, dz, 1 / ctx.t, *z.shape, *tile)
-            return grad / (len(z) * ctx.t) * (dz - 2 * z.roll(len(z) // 2, 0)), None, None
-    return lambda a, b, t=0.1, tile=(64, 64): Loss.apply(F.normalize(torch.cat([a, b])), t, tile)
+            return grad / (len(z) * ctx.t) * (dz - 2 * z.roll(len(z) // 2, 0)), None
+    return lambda a, b, t=0.1: Loss.apply(F.normalize(torch.cat([a, b])), t)
 
 
 TRITON = """
@@ -3183,7 +3186,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # runs kernels without a GPU
 import torch, test_mt2
 for B, P, t, tile in ((2, 16, 0.1, (64, 64)), (37, 32, 0.5, (64, 32)), (100, 16, 0.1, (64, 64))):
     a, b = (test_mt2.noise(B, P, seed=s).requires_grad_() for s in (0, 1))
-    theirs, plain = test_mt2.triton_nt_xent()(a, b, t, tile), test_mt2.autograd_nt_xent(a, b, t)
+    theirs, plain = test_mt2.triton_nt_xent(tile)(a, b, t), test_mt2.autograd_nt_xent(a, b, t)
     torch.testing.assert_close(theirs, plain)
     torch.testing.assert_close(torch.autograd.grad(theirs, (a, b)), torch.autograd.grad(plain, (a, b)))
 """
@@ -3204,7 +3207,7 @@ def benchmark_losses(device):
         if lightly:
             losses["lightly NTXentLoss"] = lightly.NTXentLoss(temperature=0.1)
         for tile in ((64, 64), (64, 32), (32, 32)) if triton and device.type == "cuda" else ():
-            rival = functools.partial(triton_nt_xent(), tile=tile)
+            rival = triton_nt_xent(tile)
             with contextlib.suppress(triton.OutOfResources):  # a tile too large for this GPU is left out
                 torch.autograd.grad(rival(a, b), (a, b))
                 losses[f"in Triton, tiles {tile}"] = rival
